@@ -1,0 +1,38 @@
+# `make` lists the verbs. Each makes .venv when it is missing; python3, git and make are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help quickstart test lint timm-suite bench clean
+
+help:  ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable ".[train,dev]"
+	@touch $@
+
+quickstart: $(READY)  ## train three backbones on real scanned digits and draw what they learnt (a few minutes)
+	$(BIN)/python -m train.quickstart --output quickstart
+
+test: $(READY) lint timm-suite  ## lint, timm's own test-suite on our models, then all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## formatting, lint rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+timm-suite: $(READY)  ## timm's own model tests, at the installed version, on the names we register
+	$(BIN)/python -m tests.timm_suite
+
+bench: $(READY)  ## paired timings of the operators and models
+	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.models
+
+clean:  ## remove the environment and everything that was made
+	rm -rf $(VENV) quickstart runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,54 @@
+"""Fetch timm's tests once and run them; arguments go to pytest."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+
+CACHE = Path(sys.prefix) / "timm-suite"
+
+
+def timm_tests() -> Path:
+    """`test_models.py` of the installed timm: from the checkout at TIMM_SOURCE, or from its source release."""
+    if source := os.environ.get("TIMM_SOURCE"):
+        path = Path(source) / "tests" / "test_models.py"
+        if not path.is_file():
+            sys.exit(f"TIMM_SOURCE={source} has no tests/test_models.py; name a checkout of pytorch-image-models")
+        return path
+    path = CACHE / timm.__version__ / "test_models.py"
+    if not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm"]
+            subprocess.run([*command, "--dest", folder, f"timm=={timm.__version__}"], check=True)
+            (archive,) = Path(folder).glob("timm-*.tar.gz")
+            with tarfile.open(archive) as tar:
+                member = tar.extractfile(f"timm-{timm.__version__}/tests/test_models.py")
+                if member is None:
+                    sys.exit(f"the source release of timm {timm.__version__} has no tests/test_models.py")
+                text = member.read()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(text)
+        partial.replace(path)
+    return path
+
+
+def main() -> int:
+    """Run the suite; returns pytest's exit status."""
+    path = timm_tests()
+    CACHE.mkdir(exist_ok=True)
+    settings = CACHE / "pytest.ini"
+    markers = "base cfg torchscript features fxforward fxbackward timeout(seconds)".split()
+    settings.write_text("[pytest]\nmarkers =\n" + "".join(f"    {marker}\n" for marker in markers))
+    repository = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(settings), "-p", "tests.timm_suite.plugin"]
+    command += ["-p", "no:cacheprovider", "--numprocesses", "auto"]
+    return subprocess.run([*command, str(path), *sys.argv[1:]], cwd=repository, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The `visionsel` command.
+
+`visionsel models` lists the backbones, `visionsel predict` classifies images. Results go to stdout as text or, with
+`--json`, as JSON; messages go to stderr. Exit status: 0 done, 1 the input was not usable, 2 wrong arguments.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visionsel import __version__
+
+EPILOG = {
+    "models": "example: visionsel models 'dinat_*'",
+    "predict": "example: visionsel predict cat.jpg dog.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # every failure becomes one line; --debug shows where it came from
+        if options.debug:
+            traceback.print_exc()
+        else:
+            print(f"visionsel {options.verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="visionsel", description="Vision models that select what they look at."
+    )
+    parser.add_argument("--version", action="version", version=f"visionsel {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    models = verbs.add_parser(
+        "models", parents=[common], help="list the backbones and their releases", epilog=EPILOG["models"]
+    )
+    models.add_argument("pattern", nargs="?", default="*", help="names to list, with wildcards (default: all)")
+    models.set_defaults(run=_models)
+
+    predict = verbs.add_parser(
+        "predict", parents=[common], help="classify images", epilog=EPILOG["predict"]
+    )
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    predict.add_argument("--model", help="a timm model name, with its tag if it has several releases")
+    predict.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="weights: a released file, or a checkpoint of train.classification (which also names the model); "
+        "without it the model's released weights are downloaded",
+    )
+    predict.add_argument("--topk", type=int, default=5, help="classes to print for each image (default: 5)")
+    predict.add_argument("--device", help="default: cuda if there is one, else cpu")
+    predict.set_defaults(run=_predict)
+    return parser
+
+
+def _models(options: argparse.Namespace) -> None:
+    rows = list_releases(options.pattern)
+    if not rows:
+        raise ValueError(f"no visionsel model matches {options.pattern!r}; 'visionsel models' lists all")
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    _print_table(
+        ["model", "parameters", "input", "classes", "weights"],
+        [
+            [
+                row["model"],
+                f"{row['parameters'] / 1e6:.1f} M",
+                "x".join(map(str, row["input_size"])),
+                str(row["num_classes"]),
+                row["weights"] or "-",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def list_releases(pattern: str = "*") -> list[dict[str, Any]]:
+    """One dict a model and release that match `pattern`: name with tag, size, input, licence, address of weights."""
+    import timm
+
+    from visionsel.models import registered_names
+
+    rows = []
+    for name in registered_names(pattern):
+        model = timm.create_model(name, device="meta")
+        parameters = sum(p.numel() for p in model.parameters())
+        for tagged in timm.list_models(f"{name}.*", include_tags=True) or [name]:
+            cfg = timm.get_pretrained_cfg(tagged)
+            rows.append(
+                {
+                    "model": tagged,
+                    "parameters": parameters,
+                    "input_size": list(cfg.input_size),
+                    "num_classes": cfg.num_classes,
+                    "license": cfg.license,
+                    "weights": cfg.url or cfg.hf_hub_id or "",
+                }
+            )
+    return rows
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from visionsel.prediction import load_classifier, predict_images
+
+    classifier = load_classifier(options.model, options.checkpoint, options.device)
+    results = predict_images(classifier, options.images, options.topk)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        print(result["image"])
+        for entry in result["classes"]:
+            print(f"  {entry['probability']:7.2%}  {entry['label']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Classify images with a registered model and a file of weights; what `visionsel predict` does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+
+@dataclass
+class Classifier:
+    """A model in evaluation mode with the transform and the class labels that belong to it."""
+
+    model: nn.Module
+    transform: Any
+    labels: list[str]
+    device: torch.device
+
+
+def load_classifier(
+    name: str | None, checkpoint: Path | None = None, device: str | torch.device | None = None
+) -> Classifier:
+    """Build a classifier from a model name, a file of weights, or both.
+
+    Args:
+        name: a timm model name; may be left out when `checkpoint` is one of `train.classification`, which names it.
+        checkpoint: the authors' file, a safetensors file, or a checkpoint of `train.classification`. None
+            downloads the release that the name's tag stands for.
+        device: default cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: when the model has no released weights, or file and model do not fit.
+        FileNotFoundError: when there is no such checkpoint.
+    """
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    import visionsel.models  # noqa: F401  (registers the names)
+
+    if name is None and checkpoint is None:
+        raise ValueError("name a model with --model, or a training checkpoint with --checkpoint")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+    trained = _read_training_checkpoint(checkpoint) if checkpoint is not None else None
+    if trained is not None:
+        model_name, arguments, state, labels = trained
+        if name is not None and name != model_name:
+            raise ValueError(f"{checkpoint} holds a {model_name}, not a {name}; leave out --model")
+        model = timm.create_model(model_name, **arguments)
+        model.load_state_dict(state)
+    elif checkpoint is not None:
+        if name is None:
+            raise ValueError(f"{checkpoint} does not name its model; name it with --model")
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)})
+        labels = _imagenet_labels(model.num_classes)
+    else:
+        cfg = timm.get_pretrained_cfg(str(name))
+        if not cfg.has_weights:
+            raise ValueError(f"no weights of {name} were released; give your own with --checkpoint")
+        model = timm.create_model(str(name), pretrained=True)
+        labels = _imagenet_labels(model.num_classes)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    return Classifier(model.eval().to(chosen), transform, labels, chosen)
+
+
+def predict_images(classifier: Classifier, paths: Sequence[Path], topk: int = 5) -> list[dict[str, Any]]:
+    """The likeliest classes of each image: `[{"image": path, "classes": [{"label", "index", "probability"}]}]`.
+
+    All images are opened before the first is classified, so that a broken one costs nothing.
+
+    Raises:
+        ValueError: when `topk` is below 1, or naming the file that is not an image.
+        FileNotFoundError: naming the file that is not there.
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+    inputs = [classifier.transform(_open_image(path)) for path in paths]
+    results = []
+    for path, image in zip(paths, inputs, strict=True):
+        with torch.inference_mode():
+            logits: Tensor = classifier.model(image[None].to(classifier.device))[0]
+        probabilities, indices = logits.float().softmax(0).topk(min(topk, logits.numel()))
+        classes = [
+            {"label": classifier.labels[index], "index": index, "probability": round(probability, 6)}
+            for probability, index in zip(probabilities.tolist(), indices.tolist(), strict=True)
+        ]
+        results.append({"image": str(path), "classes": classes})
+    return results
+
+
+def _open_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise FileNotFoundError(f"no image at {path}")
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error
+
+
+def _imagenet_labels(num_classes: int) -> list[str]:
+    from timm.data import ImageNetInfo
+
+    if num_classes == 1000:
+        info = ImageNetInfo("imagenet-1k")
+        return [info.index_to_description(i) for i in range(num_classes)]
+    return [f"class {i}" for i in range(num_classes)]
