@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, get_device_dtype
-from timm.models import checkpoint_seq, feature_take_indices
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 __all__: list[str] = []

@@ -1,5 +1,6 @@
 """Argument checks that the operators share: early, and with the rule in the message."""
 
+import torch
 from torch import Tensor
 
 
@@ -9,8 +10,9 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     Raises:
         ValueError: if it is not one or two positive integers.
     """
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or not all(isinstance(v, int) and v >= 1 for v in both):
+    whole = (int, torch.SymInt)  # a number that torch.export keeps symbolic
+    both = (value, value) if isinstance(value, whole) else tuple(value)
+    if len(both) != 2 or not all(isinstance(v, whole) and v >= 1 for v in both):
         raise ValueError(f"{name} must be a positive int or a pair of them (height, width), got {value!r}")
     return both[0], both[1]
 

@@ -1,0 +1,142 @@
+"""Bi-level routing attention of BiFormer (Zhu et al. 2023, arXiv:2303.08810).
+
+The map is cut into windows; each window attends to the tokens of the `topk` windows whose mean key fits its
+mean query best. The authors' local enhancement (lepe) is the layer's.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from visionsel.ops.bilevel_routing.reference import reference
+from visionsel.ops.bilevel_routing.routing import top_windows, window_means
+from visionsel.ops.bilevel_routing.tiled import tiled
+from visionsel.ops.checks import check_attention_maps, pair
+
+__all__ = ["bilevel_routing_attention", "top_windows", "usable_backends", "window_means"]
+
+
+def usable_backends() -> list[str]:
+    """Names of the backends that are usable on this machine, best first."""
+    return ["tiled", "reference"]
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_windows: int | tuple[int, int],
+    topk: int,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_routing: Literal[False] = ...,
+    *,
+    routing: Tensor | None = ...,
+    routing_weight: Tensor | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_windows: int | tuple[int, int],
+    topk: int,
+    scale: float | None = ...,
+    backend: str = ...,
+    *,
+    return_routing: Literal[True],
+    routing: Tensor | None = ...,
+    routing_weight: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_windows: int | tuple[int, int],
+    topk: int,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_routing: bool = False,
+    *,
+    routing: Tensor | None = None,
+    routing_weight: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention from each window to the `topk` windows that suit it best.
+
+    Routing compares window means over all heads together and carries no gradient; the same `scale` serves
+    routing and attention. With all windows routed this is full attention.
+
+    Args:
+        q: `[B, H, W, heads, head_dim]`.
+        k: the same shape, or a coarser map that divides into the same windows (keys pooled inside windows).
+        v: `[B, H, W, heads, value_dim]`, the map of k.
+        num_windows: windows per side, or (per column, per row).
+        topk: windows that each window attends to; -1 means all.
+        scale: factor on the logits; default head_dim**-0.5. BiFormer passes dim**-0.5.
+        backend: "auto", "tiled" or "reference".
+        return_routing: also return the routing.
+        routing: `[B, nh * nw, topk]`, int64, the windows to attend to (row-major), in place of the routing
+            that this function would compute; repeated windows count twice.
+        routing_weight: `[B, nh * nw, topk]`, factors on the keys and values of the routed windows, in the
+            order of `routing` (the authors' soft routing). It needs `routing`; gradients flow through it.
+
+    Returns:
+        `[B, H, W, heads, value_dim]`, or that and the index `[B, nh * nw, topk]`, int64, windows row-major;
+        the order within a row has no meaning.
+
+    Raises:
+        ValueError: for maps that do not fit each other or do not divide into windows, `topk` beyond the
+            windows, a `routing` of another shape or type, and unknown backends.
+    """
+    check_attention_maps(q, k, v)
+    nh, nw = grid = pair(num_windows, "num_windows")
+    for name, x in (("q", q), ("k", k)):
+        height, width = x.shape[1:3]
+        if height % nh != 0 or width % nw != 0:
+            raise ValueError(
+                f"num_windows {grid} does not divide {name}'s map of {height}x{width}; "
+                f"pad it to {-(-height // nh) * nh}x{-(-width // nw) * nw} or choose a divisor of each side"
+            )
+    if topk != -1 and not 1 <= topk <= nh * nw:
+        raise ValueError(f"topk must be -1 (all) or 1 to {nh * nw}, the number of windows; got {topk}")
+    if routing is not None:
+        _check_routing(routing, routing_weight, (q.shape[0], nh * nw, nh * nw if topk == -1 else topk))
+    elif routing_weight is not None:
+        raise ValueError("routing_weight weighs the windows that routing names; pass routing too")
+    if backend not in ("auto", *usable_backends()):
+        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(usable_backends())}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+
+    gather = routing is not None or topk not in (-1, nh * nw)
+    if routing is None and gather:
+        query_means, key_means = (window_means(x.detach(), grid) for x in (q, k))
+        routing, _ = top_windows(query_means, key_means, topk, scale)
+    elif routing is None:
+        routing = torch.arange(nh * nw, device=q.device).expand(q.shape[0], nh * nw, -1)
+    if backend == "reference":
+        out = reference(q, k, v, grid, scale, routing, routing_weight)
+    else:
+        out = tiled(q, k, v, grid, scale, routing if gather else None, routing_weight)
+    return (out, routing) if return_routing else out
+
+
+def _check_routing(routing: Tensor, weight: Tensor | None, shape: tuple[int, int, int]) -> None:
+    if routing.dtype != torch.int64 or routing.shape != shape:
+        raise ValueError(
+            f"routing must be int64 of shape {shape} ([B, windows, topk]), "
+            f"got {routing.dtype} of shape {tuple(routing.shape)}"
+        )
+    if weight is not None and weight.shape != shape:
+        raise ValueError(f"routing_weight must have routing's shape {shape}, got {tuple(weight.shape)}")
+    # elsewhere looking at the values would wait for the device, or has nothing to look at
+    if type(routing) is Tensor and routing.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in routing.aminmax())
+        if low < 0 or high >= shape[1]:
+            raise ValueError(f"routing names windows 0 to {shape[1] - 1}, got {low} to {high}")
