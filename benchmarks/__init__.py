@@ -1,0 +1,1 @@
+"""Paired measurements: each prints a table of ratios and writes JSON."""
