@@ -125,9 +125,10 @@ class BilevelRoutingAttention(nn.Module):
             out = bilevel_routing_attention(
                 query, key, value, grid, topk, self.scale, self.backend, routing=index, routing_weight=weight
             )
-        out = out.flatten(3)[:, :height, :width]
+        out = fit(out.flatten(3), height, width)
         if self.side_dwconv > 0:
-            out = out + self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, :height, :width]
+            local = self.lepe(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            out = out + fit(local, height, width)
         return self.wo(out)
 
     @torch.jit.ignore
@@ -149,11 +150,11 @@ class BilevelRoutingAttention(nn.Module):
         else:
             region_h, region_w = (height + windows - 1) // windows, (width + windows - 1) // windows
             grid = (windows, windows)
-            x = pad_to(x, windows * region_h, windows * region_w)
+            x = fit(x, windows * region_h, windows * region_w)
         qkv = self.qkv(x)
         local = qkv[..., 2 * self.qk_dim :]
         if self.pad_projected:
-            qkv = pad_to(qkv, grid[0] * region_h, grid[1] * region_w)
+            qkv = fit(qkv, grid[0] * region_h, grid[1] * region_w)
         query, key, value = qkv.split([self.qk_dim, self.qk_dim, self.dim], dim=-1)
         heads = (self.num_heads, -1)
         return query.unflatten(3, heads), key.unflatten(3, heads), value.unflatten(3, heads), local, grid
@@ -197,13 +198,15 @@ class BilevelRoutingAttention(nn.Module):
         return x.permute(0, 1, 4, 2, 5, 3).reshape(batch, nh * kept, nw * kept, heads, head_dim)
 
 
-def pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Zero-pad `[B, H, W, C]` at the bottom and right."""
+def fit(x: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pad or crop `[B, H, W, C]` at the bottom and right."""
     bottom, right = height - x.shape[1], width - x.shape[2]
     if torch.jit.is_scripting():
-        needed = bottom > 0 or right > 0
-    else:  # a compiler shall not make the size a case of its own
-        needed = torch.compiler.is_compiling() or bottom > 0 or right > 0
+        needed = bottom != 0 or right != 0
+    else:
+        # A compiled graph shall hold for every size, so it always pads. It crops by padding too: whether a
+        # slice is contiguous depends on the size, and would become a condition on it.
+        needed = torch.compiler.is_compiling() or bottom != 0 or right != 0
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if needed else x
 
 

@@ -65,6 +65,8 @@ def region_rows(x: Tensor, nh: int, nw: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Softmax attention on `[B, N, tokens, head_dim]`."""
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        training = False  # a trace is checked and run without gradients
     # on CPU the fused kernel is slower than matrix products in backward and in bfloat16
     fused = query.device.type != "cpu" or (not training and query.dtype in (torch.float32, torch.float64))
     if fused:
