@@ -57,6 +57,7 @@ class Pyramid(nn.Module):
         stages: one `Stage` a level.
         norm: the final norm on NCHW maps.
         widths: channels after each stage.
+        num_features: channels after the norm, where it changes their number; None means the last width.
         reductions: input pixels per output pixel after each stage.
         num_classes: 0 removes the classifier.
         in_chans: channels of the image.
@@ -73,6 +74,7 @@ class Pyramid(nn.Module):
         *,
         widths: Sequence[int],
         reductions: Sequence[int],
+        num_features: int | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -84,7 +86,7 @@ class Pyramid(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = list(widths)
-        self.num_features = widths[-1]
+        self.num_features = widths[-1] if num_features is None else num_features
         self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
@@ -186,10 +188,13 @@ class Pyramid(nn.Module):
         """Drop the stages that the given intermediates do not need; returns the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
-        if prune_norm or prune_end:
+        prune_norm = prune_norm or prune_end
+        if prune_norm:
             self.norm = nn.Identity()
         self.stages = self.stages[: max_index + 1]
-        if prune_end:
+        # the classifier goes with the channels that it reads
+        prune_head = prune_head or (prune_norm and self.num_features != self.embed_dim[max_index])
+        if prune_norm:
             self.num_features = self.head_hidden_size = self.embed_dim[max_index]
         if prune_head or prune_end:
             self.reset_classifier(0, "")

@@ -1,0 +1,119 @@
+"""Halo attention: every block of queries attends to its block of keys and a halo around it.
+
+The local attention of HaloNet (Vaswani et al. 2021, arXiv:2103.12731, section 2.2), in the form of timm's
+`HaloAttn`: keys and values outside the map are zero and take part in the softmax.
+"""
+
+from torch import Tensor
+
+from visionsel.ops.checks import check_attention_maps
+from visionsel.ops.halo.reference import reference
+from visionsel.ops.halo.tiled import tiled
+
+__all__ = ["halo_attention", "usable_backends"]
+
+_BACKENDS = {"tiled": tiled, "reference": reference}
+
+
+def usable_backends() -> list[str]:
+    """Names of the backends that this machine can run, best first."""
+    return list(_BACKENDS)
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    rel_pos_height: Tensor | None = None,
+    rel_pos_width: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention from blocks of queries to blocks of keys enlarged by a halo.
+
+    A window has `window = block_size + 2 * halo_size` keys a side. The logit of a query and a key is
+    `scale * q.k + q.height[i - y + window - 1] + q.width[j - x + window - 1]`, where (y, x) is the query's
+    place in its block and (i, j) the key's in the window: relative logits use the unscaled query. Scale the
+    tables to scale these too (timm's `scale_pos_embed`).
+
+    Args:
+        q: queries `[B, H / s, W / s, heads, head_dim]`. With s > 1 the attention downsamples: a block holds
+            `block_size / s` queries a side, and y and x count them, not the pixels between (as in timm).
+        k: keys `[B, H, W, heads, head_dim]`; H and W are multiples of `block_size`.
+        v: values `[B, H, W, heads, value_dim]`; value_dim is free.
+        block_size: side of a block on k's map; a multiple of s.
+        halo_size: rows and columns of keys added on each side of a block; 0 is attention inside blocks.
+        rel_pos_height: table `[2 * window - 1, head_dim]` of vertical offsets, or None for none at all. Cast
+            to the dtype of q.
+        rel_pos_width: the same of horizontal offsets; both tables or neither.
+        scale: of the logits; `head_dim**-0.5` if None.
+        backend: "auto", "tiled" (any device) or "reference" (the plainest code).
+
+    Returns:
+        `[B, H / s, W / s, heads, value_dim]`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit as said above, or the backend is unknown.
+    """
+    stride = _check(q, k, v, block_size, halo_size, rel_pos_height, rel_pos_width)
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(
+            f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(usable_backends())}"
+        )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if rel_pos_height is not None and rel_pos_width is not None:
+        rel_pos_height, rel_pos_width = rel_pos_height.to(q.dtype), rel_pos_width.to(q.dtype)
+    attend = _BACKENDS["tiled" if backend == "auto" else backend]
+    return attend(q, k, v, block_size, halo_size, stride, rel_pos_height, rel_pos_width, scale)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    rel_pos_height: Tensor | None,
+    rel_pos_width: Tensor | None,
+) -> int:
+    """Raise on an invalid call; return how many times coarser the map of q is than that of k."""
+    check_attention_maps(q, k, v)
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size must be a positive int, got {block_size!r}")
+    if not isinstance(halo_size, int) or halo_size < 0:
+        raise ValueError(f"halo_size must be an int of 0 or more, got {halo_size!r}")
+    height, width = k.shape[1:3]
+    if height % block_size or width % block_size:
+        raise ValueError(
+            f"block_size {block_size} must divide the map of k, got {height} x {width}; pad it to multiples "
+            f"of {block_size} (layers.HaloAttention does) or choose a block that divides both sides"
+        )
+    stride = int(height // q.shape[1]) if q.shape[1] else 0
+    if stride < 1 or q.shape[1] * stride != height or q.shape[2] * stride != width:
+        raise ValueError(
+            f"the map of k must be that of q times one integer, got k {height} x {width} and "
+            f"q {q.shape[1]} x {q.shape[2]}"
+        )
+    if block_size % stride:
+        raise ValueError(
+            f"the stride {stride} between the maps of q and k must divide block_size, got {block_size}"
+        )
+    if (rel_pos_height is None) != (rel_pos_width is None):
+        raise ValueError("give both rel_pos_height and rel_pos_width, or neither")
+    expected = (2 * (block_size + 2 * halo_size) - 1, q.shape[-1])
+    for name, table in (("rel_pos_height", rel_pos_height), ("rel_pos_width", rel_pos_width)):
+        if table is None:
+            continue
+        if tuple(table.shape) != expected:
+            raise ValueError(
+                f"{name} must be [2 * (block_size + 2 * halo_size) - 1, head_dim] = {list(expected)}, "
+                f"got {list(table.shape)}"
+            )
+        if table.device != q.device or not table.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point on {q.device}, got {table.dtype} on {table.device}"
+            )
+    return stride
