@@ -28,13 +28,14 @@ def reference(
     key, value = key.flatten(2, 3), value.flatten(2, 3)
     logits = torch.einsum("bwqhd,bwkhd->bwhqk", query * scale, key)
     out = torch.einsum("bwhqk,bwkhd->bwqhd", logits.softmax(-1), value)
-    out = out.reshape(batch, nh, nw, height // nh, width // nw, heads, -1)
-    return out.transpose(2, 3).reshape(batch, height, width, heads, -1)
+    out = out.reshape(batch, nh, nw, height // nh, width // nw, heads, out.shape[-1])
+    return out.transpose(2, 3).reshape(batch, height, width, heads, out.shape[-1])
 
 
 def to_windows(x: Tensor, num_windows: tuple[int, int]) -> Tensor:
     """`[B, H, W, heads, head_dim]` -> `[B, windows, tokens, heads, head_dim]`."""
     batch, height, width, heads, head_dim = x.shape
     nh, nw = num_windows
-    x = x.reshape(batch, nh, height // nh, nw, width // nw, heads, head_dim)
-    return x.transpose(2, 3).reshape(batch, nh * nw, -1, heads, head_dim)
+    h, w = height // nh, width // nw
+    x = x.reshape(batch, nh, h, nw, w, heads, head_dim)
+    return x.transpose(2, 3).reshape(batch, nh * nw, h * w, heads, head_dim)

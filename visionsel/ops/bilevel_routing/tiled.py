@@ -27,7 +27,6 @@ def tiled(
 ) -> Tensor:
     """Attend from every window to those that `index` `[B, windows, topk]` names; None means all windows."""
     batch, height, width, heads, _ = query.shape
-    head_dim = value.shape[4]
     if index is None:
         out = attend(
             query.flatten(1, 2).transpose(1, 2),
@@ -35,24 +34,22 @@ def tiled(
             value.flatten(1, 2).transpose(1, 2),
             scale,
         )
-        return out.transpose(1, 2).reshape(batch, height, width, heads, head_dim)
+        return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[4])
     nh, nw = num_windows
     topk = index.shape[2]
     regions = torch.arange(batch * heads, device=index.device).view(batch, heads, 1, 1) * (nh * nw)
     row = (index.unsqueeze(1) + regions).flatten()
-    # heads and windows share one axis: CUDA kernels bound each batch axis by 65535
-    query = region_rows(query, nh, nw).view(batch, heads * nh * nw, -1, query.shape[4])
-    key = region_rows(key, nh, nw).index_select(0, row).view(batch, heads * nh * nw, -1, key.shape[4])
-    value = region_rows(value, nh, nw).index_select(0, row).view(batch, heads * nh * nw, -1, head_dim)
+    query = per_region(region_rows(query, nh, nw), query, nh, nw, 1)
+    key = per_region(region_rows(key, nh, nw).index_select(0, row), key, nh, nw, topk)
+    value = per_region(region_rows(value, nh, nw).index_select(0, row), value, nh, nw, topk)
     if weight is not None:
-        tokens = key.shape[2] // topk
-        weight = weight.to(key.dtype).repeat_interleave(tokens, dim=2)
+        weight = weight.to(key.dtype).repeat_interleave(key.shape[2] // topk, dim=2)
         weight = weight.unsqueeze(1).expand(-1, heads, -1, -1).flatten(1, 2).unsqueeze(3)
         key = key * weight
         value = value * weight
     out = attend(query, key, value, scale)
-    out = out.view(batch, heads, nh, nw, height // nh, width // nw, head_dim)
-    return out.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height, width, heads, head_dim)
+    out = out.view(batch, heads, nh, nw, height // nh, width // nw, value.shape[3])
+    return out.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height, width, heads, value.shape[3])
 
 
 def region_rows(x: Tensor, nh: int, nw: int) -> Tensor:
@@ -60,6 +57,16 @@ def region_rows(x: Tensor, nh: int, nw: int) -> Tensor:
     batch, height, width, heads, head_dim = x.shape
     x = x.reshape(batch, nh, height // nh, nw, width // nw, heads, head_dim).permute(0, 5, 1, 3, 2, 4, 6)
     return x.reshape(batch * heads * nh * nw, (height // nh) * (width // nw) * head_dim)
+
+
+def per_region(rows: Tensor, x: Tensor, nh: int, nw: int, regions: int) -> Tensor:
+    """Rows of the map x, `regions` for each of its own -> `[B, heads * windows, regions * tokens, head_dim]`.
+
+    Heads and windows share an axis, since CUDA kernels bound each batch axis by 65535; and no size is left to
+    inference, which costs a compiler with symbolic sizes many seconds.
+    """
+    batch, height, width, heads, head_dim = x.shape
+    return rows.view(batch, heads * nh * nw, regions * (height // nh) * (width // nw), head_dim)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
