@@ -1,7 +1,8 @@
-"""The frame that the hierarchical backbones share: stem, stages, norm, pooled classifier, and timm's contract.
+"""The frame that the hierarchical backbones share: stem, stages, norm, pooled classifier, and timm's
+contract.
 
-A family file says what a stem, a block and a downsampling are; everything that timm and its downstream packages
-ask of a model (features, intermediates, pruning, checkpointing, classifier handling) is here once.
+A family file says what a stem, a block and a downsampling are; everything that timm and its downstream
+packages ask of a model (features, intermediates, pruning, checkpointing, classifier handling) is here once.
 
 Maps are NCHW between stages; inside a stage they may be NHWC.
 """
@@ -96,7 +97,12 @@ class Pyramid(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = norm
         self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
+            self.num_features,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            device=device,
+            dtype=dtype,
         )
         self.head_hidden_size = self.head.num_features
 
@@ -223,7 +229,11 @@ def unwrap_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     state = checkpoint
     while True:
         inner = next(
-            (state[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model") if isinstance(state.get(k), dict)),
+            (
+                state[k]
+                for k in ("state_dict_ema", "model_ema", "state_dict", "model")
+                if isinstance(state.get(k), dict)
+            ),
             None,
         )
         if inner is None:
@@ -233,3 +243,21 @@ def unwrap_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Check that a filtered checkpoint has the entries of the model, the classifier aside.
+
+    Strict loading says this too, but timm does not load strictly with another number of classes.
+
+    Raises:
+        ValueError: naming the first entries that are missing or unexpected.
+    """
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state_dict and not key.startswith("head.")]
+    unexpected = [key for key in state_dict if key not in wanted and not key.startswith("head.")]
+    if missing or unexpected:
+        raise ValueError(
+            f"not a checkpoint of this variant: {len(missing)} entries are missing, as {missing[:3]}, "
+            f"and {len(unexpected)} unexpected, as {unexpected[:3]}"
+        )

@@ -3,6 +3,8 @@
 Every operator has `backend="reference"`, the plainest code and the truth, and faster ones that equal it.
 """
 
+from collections.abc import Callable
+
 from visionsel.ops.bilevel_routing import bilevel_routing_attention
 from visionsel.ops.bilevel_routing import usable_backends as _bilevel_routing_backends
 from visionsel.ops.focal_modulation import focal_modulation
@@ -20,7 +22,7 @@ __all__ = [
     "neighborhood_attention",
 ]
 
-_BACKENDS = {
+_BACKENDS: dict[str, Callable[[], list[str]]] = {
     "neighborhood": _neighborhood_backends,
     "bilevel_routing": _bilevel_routing_backends,
     "halo": _halo_backends,

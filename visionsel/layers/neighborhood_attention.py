@@ -1,0 +1,99 @@
+"""Neighborhood attention with its projections (Hassani et al. 2023, arXiv:2204.07143; dilated:
+arXiv:2209.15001).
+
+Names of parameters are those of the authors' `NeighborhoodAttention2D` in NATTEN 0.14.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from visionsel.ops.checks import pair
+from visionsel.ops.neighborhood import neighborhood_attention
+from visionsel.ops.neighborhood.tiled import crop_to, known, larger, tiled
+
+__all__ = ["NeighborhoodAttention"]
+
+
+@register_notrace_module
+class NeighborhoodAttention(nn.Module):
+    """Each position attends to the kernel of positions around it.
+
+    Maps smaller than kernel_size x dilation are padded with zeros at the right and bottom before the
+    projection, so that padding takes part as keys and values, as in the authors' module.
+
+    Args:
+        dim: channels in and out.
+        num_heads: attention heads; divides dim.
+        kernel_size: neighbors per side, odd, or (per column, per row).
+        dilation: distance between neighbors.
+        qkv_bias: bias of the projection to queries, keys and values.
+        scale: factor on the logits; default head_dim**-0.5.
+        rel_pos_bias: learn a bias `rpb` `[heads, 2 * Kh - 1, 2 * Kw - 1]` on the logits.
+        proj_drop: dropout after the output projection.
+        backend: of the operator.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: for heads that do not divide dim, and even kernels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, int] = 7,
+        dilation: int | tuple[int, int] = 1,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        rel_pos_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"num_heads {num_heads} must divide dim {dim}")
+        kh, kw = pair(kernel_size, "kernel_size")
+        if kh % 2 == 0 or kw % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}; 7 is the authors' choice")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.kernel_size = (kh, kw)
+        self.dilation = pair(dilation, "dilation")
+        self.scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.register_parameter("rpb", None)
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(
+                torch.empty(num_heads, 2 * kh - 1, 2 * kw - 1, device=device, dtype=dtype)
+            )
+            trunc_normal_(self.rpb, std=0.02)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, dim]` -> `[B, H, W, dim]`."""
+        height, width = x.shape[1], x.shape[2]
+        least_h, least_w = self.kernel_size[0] * self.dilation[0], self.kernel_size[1] * self.dilation[1]
+        padded = not (known(height >= least_h) and known(width >= least_w))
+        if padded:
+            x = F.pad(x, [0, 0, 0, larger(least_w - width, 0), 0, larger(least_h - height, 0)])
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.dim // self.num_heads))
+        query, key, value = qkv.unbind(3)
+        if torch.jit.is_scripting():
+            out = tiled(query, key, value, self.kernel_size, self.dilation, self.rpb, self.scale)
+        else:
+            out = neighborhood_attention(
+                query, key, value, self.kernel_size, self.dilation, self.rpb, self.scale, self.backend
+            )
+        if padded:
+            out = crop_to(out, height, width)
+        return self.proj_drop(self.proj(out.flatten(3)))
+
+    def extra_repr(self) -> str:
+        """What the representation shows beside the submodules."""
+        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"

@@ -1,0 +1,242 @@
+"""Neighborhood attention by tiles of queries that share one window of keys.
+
+Positions of one remainder modulo the dilation never see the others, so each such grid is attended by
+itself, as if it were a sample. A grid is cut into tiles; a tile attends to the smallest window, moved
+inside the grid, that holds the neighbors of all its queries, and keys that are not a query's neighbors get
+the logit -inf. A side of at most 14 is not cut; a grid as large as the kernel is plain attention.
+
+The tables of logits come from those of single axes: `relative[query, key]` is the row of the bias table, or
+the one behind its end, which holds -inf, for keys that are not neighbors. Most tiles of a map are of one
+kind, and their tables are computed once.
+
+Everything here is in the TorchScript subset, since scripted layers call it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from visionsel.ops.plans import keep_plans
+
+__all__ = ["tiled"]
+
+
+def tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    rel_pos_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attend from each position of `[B, H, W, heads, head_dim]` to its kernel of neighbors."""
+    batch, height, width, heads, head_dim = query.shape
+    value_dim = value.shape[4]
+    kh, kw = kernel_size
+    dh, dw = dilation
+    nh, nw = (height + dh - 1) // dh, (width + dw - 1) // dw  # the longest grid
+    th, tw = tile_length(nh), tile_length(nw)
+    rows, columns = tile_count(nh, th), tile_count(nw, tw)
+    # grids of one size share their tables and can stand in the batch; otherwise they stand beside the tiles
+    alike = known(height % dh == 0) and known(width % dw == 0)
+    gh, gw = (1, 1) if alike else dilation
+
+    query = pad_to(query, rows * th * dh, columns * tw * dw)
+    query = query.reshape(batch, rows, th, dh, columns, tw, dw, heads, head_dim)
+    if alike:
+        query = query.permute(0, 3, 6, 7, 1, 4, 2, 5, 8)
+    else:
+        query = query.permute(0, 7, 3, 6, 1, 4, 2, 5, 8)
+    samples = batch * (dh // gh) * (dw // gw)
+    tiles = gh * gw * rows * columns
+    query = query.reshape(samples, heads, tiles, th * tw, head_dim)
+
+    if torch.jit.is_scripting():
+        windows, relative_rows, relative_columns, kinds = build_plan(
+            height, width, kernel_size, dilation, (th, tw), (gh, gw), query.device
+        )
+    else:
+        windows, relative_rows, relative_columns, kinds = kept_plan(
+            height, width, kernel_size, dilation, (th, tw), (gh, gw), query.device
+        )
+    one_tile = known(rows == 1) and known(columns == 1)  # it sees the whole grid
+    key = gather_windows(key, windows, dilation, (nh, nw), alike, one_tile)
+    key = key.view(samples, heads, tiles, -1, head_dim)
+    value = gather_windows(value, windows, dilation, (nh, nw), alike, one_tile)
+    value = value.view(samples, heads, tiles, -1, value_dim)
+
+    bias: Tensor | None = None
+    if rel_pos_bias is not None:
+        bias = logit_table(rel_pos_bias.to(query.dtype), relative_rows, relative_columns, kinds)
+    elif not (known(nh == kh) and known(nw == kw) and alike):
+        table = torch.zeros(1, 2 * kh - 1, 2 * kw - 1, dtype=query.dtype, device=query.device)
+        bias = logit_table(table, relative_rows, relative_columns, kinds)
+    out = attend(query, key, value, bias, scale)
+
+    if alike:
+        out = out.view(batch, dh, dw, heads, rows, columns, th, tw, value_dim)
+        out = out.permute(0, 4, 6, 1, 5, 7, 2, 3, 8)
+    else:
+        out = out.view(batch, heads, dh, dw, rows, columns, th, tw, value_dim)
+        out = out.permute(0, 4, 6, 2, 5, 7, 3, 1, 8)
+    out = out.reshape(batch, rows * th * dh, columns * tw * dw, heads, value_dim)
+    return crop_to(out, height, width)
+
+
+def known(condition: bool) -> bool:
+    """Whether the condition holds; while tracing, whether it holds for all sizes of the trace."""
+    if torch.jit.is_scripting():
+        return condition
+    else:
+        return statically_known_true(condition) if torch.compiler.is_compiling() else condition
+
+
+def tile_length(length: int) -> int:
+    """Queries of a tile along one axis."""
+    return length if known(length <= 14) else 7
+
+
+def tile_count(length: int, tile: int) -> int:
+    """Tiles along one axis; in a trace of many sizes at least two, since traces take a size of 1 for a constant."""
+    if known(length <= tile):
+        return 1
+    return larger((length + tile - 1) // tile, 2)
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H, W, heads, head_dim]` with zeros at the bottom and right."""
+    if known(x.shape[1] == height) and known(x.shape[2] == width):
+        return x
+    return F.pad(x, [0, 0, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1]])
+
+
+def crop_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pad_to`."""
+    if torch.jit.is_scripting():
+        return x[:, :height, :width]
+    else:  # whether a slice is contiguous depends on its size, and a trace that asks fixes the answer
+        return pad_to(x, height, width) if torch.compiler.is_compiling() else x[:, :height, :width]
+
+
+def gather_windows(
+    x: Tensor, windows: Tensor, dilation: tuple[int, int], size: tuple[int, int], alike: bool, one_tile: bool
+) -> Tensor:
+    """Tokens of every grid's windows: `[B, H, W, heads, head_dim]` -> `[B * heads * grids, N, head_dim]`."""
+    batch, _, _, heads, head_dim = x.shape
+    dh, dw = dilation
+    nh, nw = size
+    x = pad_to(x, nh * dh, nw * dw).reshape(batch, nh, dh, nw, dw, heads, head_dim)
+    x = x.permute(0, 2, 4, 5, 1, 3, 6) if alike else x.permute(0, 5, 2, 4, 1, 3, 6)
+    x = x.reshape(batch * heads * dh * dw, nh * nw, head_dim)
+    return x if one_tile else x.index_select(1, windows)
+
+
+def logit_table(table: Tensor, rows: Tensor, columns: Tensor, kinds: Tensor) -> Tensor:
+    """What a bias table `[heads, 2Kh-1, 2Kw-1]` and the limits of the neighborhoods add to the logits.
+
+    Returns:
+        `[heads, tiles, queries, keys]`.
+    """
+    heads = table.shape[0]
+    kinds_h, th, keys_h = rows.shape
+    kinds_w, tw, keys_w = columns.shape
+    table = F.pad(table, [0, 1, 0, 1], value=-float("inf"))
+    # both selections copy whole rows, and their backward adds whole rows
+    table = table.transpose(1, 2).index_select(1, columns.flatten())
+    table = table.transpose(1, 2).contiguous().index_select(1, rows.flatten())
+    table = table.view(heads, kinds_h, th, keys_h, kinds_w, tw, keys_w).permute(0, 1, 4, 2, 5, 3, 6)
+    table = table.reshape(heads, kinds_h * kinds_w, th * tw, keys_h * keys_w)
+    return table if known(kinds.shape[0] == 1) else table.index_select(1, kinds)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention on `[B, heads, tiles, N, head_dim]`; bias `[heads or 1, tiles, queries, keys]`."""
+    training = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    # on CPU the fused kernel is slower than matrix products in backward and in bfloat16
+    if query.device.type == "cpu" and (training or query.dtype not in (torch.float32, torch.float64)):
+        logits = (query * scale) @ key.transpose(3, 4)
+        if bias is not None:
+            logits.add_(bias.unsqueeze(0))
+        return logits.softmax(-1) @ value
+    # the fused kernels repeat a bias along the first axis only
+    shared = bias is not None and bias.shape[0] == 1
+    first, last = (0, 1) if shared else (1, 2)
+    if bias is not None:
+        bias = bias if shared else bias.flatten(0, 1).unsqueeze(0)
+    out = F.scaled_dot_product_attention(
+        query.flatten(first, last), key.flatten(first, last), value.flatten(first, last), bias, scale=scale
+    )
+    return out.view(query.shape[0], query.shape[1], query.shape[2], query.shape[3], value.shape[4])
+
+
+def build_plan(
+    height: int,
+    width: int,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    tile: tuple[int, int],
+    grids: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index tables of a map.
+
+    Returns:
+        The windows `[tiles of a grid * keys]` as positions in a grid; the relative positions of queries and
+        keys along each axis `[kinds, queries, keys]`; the kind of each tile `[grids * tiles of a grid]`.
+    """
+    key_h, rows, kind_h = axis_tables(height, kernel_size[0], dilation[0], tile[0], grids[0], device)
+    key_w, columns, kind_w = axis_tables(width, kernel_size[1], dilation[1], tile[1], grids[1], device)
+    windows = key_h[:, None, :, None] * ((width + dilation[1] - 1) // dilation[1]) + key_w[:, None, :]
+    kinds = kind_h[:, None, :, None] * columns.shape[0] + kind_w[:, None, :]
+    return windows.flatten(), rows, columns, kinds.flatten()
+
+
+kept_plan = keep_plans(build_plan)
+
+
+def axis_tables(
+    length: int, kernel_size: int, dilation: int, tile: int, grids: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
+    longest = (length + dilation - 1) // dilation
+    tiles = tile_count(longest, tile)
+    keys = smaller(tile + kernel_size - 1, longest)
+    grid_length = (length + dilation - 1 - torch.arange(grids, device=device)[:, None, None]) // dilation
+    first = torch.arange(tiles, device=device)[:, None] * tile
+    # queries behind the map's end take the window of the last one: a row of -inf would give NaN
+    query = (first + torch.arange(tile, device=device)).minimum(grid_length - 1)  # [grids, tiles, queries]
+    start = (query - kernel_size // 2).clamp(min=0).minimum(grid_length - kernel_size)
+    key = (first - kernel_size // 2).clamp(min=0).clamp(max=longest - keys)
+    key = key + torch.arange(keys, device=device)
+    query, start = query.unsqueeze(3), start.unsqueeze(3)
+    inside = (key[:, None] >= start) & (key[:, None] < start + kernel_size)
+    relative = torch.where(inside, key[:, None] - query + kernel_size - 1, 2 * kernel_size - 1).flatten(0, 1)
+    kinds = torch.arange(grids * tiles, device=device)
+    if torch.jit.is_scripting():
+        pass
+    elif not torch.compiler.is_compiling() and type(relative) is Tensor and not relative.is_meta:
+        relative, kinds = torch.unique(relative, dim=0, return_inverse=True)
+    return key, relative, kinds.view(grids, tiles)
+
+
+def larger(a: int, b: int) -> int:
+    """`max` that a trace keeps symbolic."""
+    if torch.jit.is_scripting():
+        return max(a, b)
+    else:
+        return torch.sym_max(a, b)  # type: ignore[return-value]
+
+
+def smaller(a: int, b: int) -> int:
+    """`min` that a trace keeps symbolic."""
+    if torch.jit.is_scripting():
+        return min(a, b)
+    else:
+        return torch.sym_min(a, b)  # type: ignore[return-value]
