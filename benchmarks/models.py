@@ -1,7 +1,7 @@
 """Whole models, in turn: `python -m benchmarks.models [--rounds 5]`.
 
-timm's HaloNets and FocalNets before and after `visionsel.accelerate`; our families with the plain reference and with
-the chosen backends (nothing else runs the NAT and DiNAT weights today).
+timm's HaloNets and FocalNets before and after `visionsel.accelerate`; our families with the plain reference
+and with the chosen backends (nothing else runs the NAT and DiNAT weights today).
 """
 
 import argparse
@@ -36,7 +36,7 @@ def train(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def pair(name: str) -> dict[str, nn.Module]:
-    """The baseline and ours, with the same weights, in evaluation mode so that the outputs can be compared."""
+    """The baseline and ours, with the same weights; in evaluation mode, so that outputs can be compared."""
     if name in TIMMS:
         baseline = timm.create_model(name).eval()
         return {"timm": baseline, "accelerated": visionsel.accelerate(copy.deepcopy(baseline))}

@@ -1,7 +1,7 @@
 """The operators against their plain references, in turn: `python -m benchmarks.ops [--rounds 7]`.
 
-The reference restates the method as its paper does, so the ratio says what the formulation is worth, on this machine,
-at the map sizes of a 224 image. Training means forward and backward of q, k, v and the bias tables.
+The reference restates the method as its paper does, so the ratio says what the formulation is worth, on this
+machine, at the map sizes of a 224 image. Training means forward and backward of all inputs and tables.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from benchmarks.paired import Timing, compare, report
 from visionsel import ops
 
 
-def neighborhood(side: int, heads: int, dilation: int, batch: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def neighborhood(
+    side: int, heads: int, dilation: int, batch: int
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """NAT's attention: kernel 7, head_dim 32, with the relative position bias."""
     bias = 0.1 * torch.randn(heads, 13, 13)
 
@@ -27,7 +29,9 @@ def neighborhood(side: int, heads: int, dilation: int, batch: int) -> tuple[Call
     return call, [*_qkv(batch, side, heads), bias]
 
 
-def bilevel_routing(side: int, heads: int, topk: int, batch: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def bilevel_routing(
+    side: int, heads: int, topk: int, batch: int
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """BiFormer's attention: 7 x 7 windows, head_dim 32."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -47,7 +51,7 @@ def halo(side: int, heads: int, batch: int) -> tuple[Callable[..., Tensor], list
 
 
 def focal_modulation(side: int, dim: int, batch: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """FocalNet's modulation with three levels; query, context and gates are slices of one projection, as in use."""
+    """FocalNet's modulation with three levels; its inputs are slices of one projection, as in use."""
     projected = torch.randn(batch, side, side, 2 * dim + 4)
     kernels = [0.3 * torch.randn(dim, 1, k, k) / k for k in (3, 5, 7)]
     weight = torch.randn(dim, dim, 1, 1) / dim**0.5

@@ -1,7 +1,7 @@
 """Time functions in turn (A B C A B C ...) and report ratios to the first, round by round.
 
-The machine's speed drifts; a ratio of two things timed one after the other does not. CPU seconds of the process stand
-beside wall seconds, since a wall clock also counts what other programs do.
+The machine's speed drifts; a ratio of two things timed one after the other does not. CPU seconds of the
+process stand beside wall seconds, since a wall clock also counts what other programs do.
 """
 
 import json

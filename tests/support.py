@@ -1,7 +1,7 @@
 """Golden fixtures: numbers from the authors' code, with weights and inputs regenerated from a formula.
 
-A fixture (`tests/fixtures/NAME.json.gz`) stores key names, shapes and outputs, never weights. A weight or an input is
-`wave(key)`, a deterministic sequence seeded by its name, scaled by a rule on its name and shape.
+A fixture (`tests/fixtures/NAME.json.gz`) stores key names, shapes and outputs, never weights. A weight or an
+input is `wave(key)`, a deterministic sequence seeded by its name, scaled by a rule on its name and shape.
 """
 
 import gzip
@@ -96,7 +96,9 @@ def sample_features(feature: Tensor, count: int = 64) -> Tensor:
 
 
 def check_model_fixture(
-    model: torch.nn.Module, fixture: dict[str, Any], filter_fn: Callable[[dict[str, Tensor], torch.nn.Module], dict]
+    model: torch.nn.Module,
+    fixture: dict[str, Any],
+    filter_fn: Callable[[dict[str, Tensor], torch.nn.Module], dict],
 ) -> None:
     """Load the authors' state dict through `filter_fn`, strictly, and compare every output that is stored.
 

@@ -13,7 +13,16 @@ import visionsel
 PACKAGE = Path(visionsel.__file__).parent
 FLOORS = {"ops": 1, "data": 1, "layers": 2, "models": 3, "embedded": 4}
 # heavier than importing timm: only inside functions, and only where an extra is named when they are missing
-HEAVY = {"transformers", "lightning", "sklearn", "matplotlib", "gradio", "open_clip", "natten", "torchmetrics"}
+HEAVY = {
+    "transformers",
+    "lightning",
+    "sklearn",
+    "matplotlib",
+    "gradio",
+    "open_clip",
+    "natten",
+    "torchmetrics",
+}
 
 
 def imports(path: Path) -> list[tuple[ast.stmt, str]]:
@@ -87,7 +96,9 @@ def run_fresh(code: str) -> str:
 
 def test_importing_visionsel_loads_no_extra() -> None:
     loaded = json.loads(
-        run_fresh("import json, sys, visionsel; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))")
+        run_fresh(
+            "import json, sys, visionsel; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+        )
     )
     assert not set(loaded) & HEAVY
 

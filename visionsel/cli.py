@@ -1,7 +1,8 @@
 """The `visionsel` command.
 
-`visionsel models` lists the backbones, `visionsel predict` classifies images. Results go to stdout as text or, with
-`--json`, as JSON; messages go to stderr. Exit status: 0 done, 1 the input was not usable, 2 wrong arguments.
+`visionsel models` lists the backbones, `visionsel predict` classifies images, `visionsel data` writes data
+sets. Results go to stdout as text or, with `--json`, as JSON; messages go to stderr. Exit status: 0 done, 1
+the input was not usable, 2 wrong arguments.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from visionsel import __version__
 
 EPILOG = {
     "models": "example: visionsel models 'dinat_*'",
-    "predict": "example: visionsel predict cat.jpg dog.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
+    "shapes": "example: visionsel data shapes --out shapes --size 2000 --image-size 64",
+    "predict": "example: visionsel predict cat.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
 }
 
 
@@ -50,23 +52,53 @@ def _parser() -> argparse.ArgumentParser:
     models = verbs.add_parser(
         "models", parents=[common], help="list the backbones and their releases", epilog=EPILOG["models"]
     )
-    models.add_argument("pattern", nargs="?", default="*", help="names to list, with wildcards (default: all)")
+    models.add_argument(
+        "pattern", nargs="?", default="*", help="names to list, with wildcards (default: all)"
+    )
     models.set_defaults(run=_models)
 
-    predict = verbs.add_parser(
-        "predict", parents=[common], help="classify images", epilog=EPILOG["predict"]
-    )
+    predict = verbs.add_parser("predict", parents=[common], help="classify images", epilog=EPILOG["predict"])
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     predict.add_argument("--model", help="a timm model name, with its tag if it has several releases")
     predict.add_argument(
         "--checkpoint",
         type=Path,
-        help="weights: a released file, or a checkpoint of train.classification (which also names the model); "
-        "without it the model's released weights are downloaded",
+        help="weights: a released file, or a checkpoint of train.classification, which also names the "
+        "model; without it the model's released weights are downloaded",
     )
     predict.add_argument("--topk", type=int, default=5, help="classes to print for each image (default: 5)")
     predict.add_argument("--device", help="default: cuda if there is one, else cpu")
     predict.set_defaults(run=_predict)
+
+    data = verbs.add_parser("data", help="write a data set").add_subparsers(
+        dest="data_set", required=True, metavar="NAME"
+    )
+    shapes = data.add_parser(
+        "shapes",
+        parents=[common],
+        help="coloured shapes with masks, captions, questions and expressions, in common formats",
+        epilog=EPILOG["shapes"],
+    )
+    shapes.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    shapes.add_argument("--size", type=int, default=2000, help="training images (default: 2000)")
+    shapes.add_argument(
+        "--test-size", type=int, help="images of each other split (default: a tenth of --size)"
+    )
+    shapes.add_argument("--seed", type=int, default=0, help="another seed is other data (default: 0)")
+    shapes.add_argument(
+        "--distribution",
+        default="train",
+        help="of the training data and its validation split: train, balanced or anti (default: train)",
+    )
+    shapes.add_argument("--image-size", type=int, default=64, help="pixels a side, 32 to 1024 (default: 64)")
+    shapes.add_argument(
+        "--caption-noise",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with this probability training captions mention a usual companion that is absent (default: 0)",
+    )
+    shapes.set_defaults(run=_data_shapes)
     return parser
 
 
@@ -93,17 +125,17 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def list_releases(pattern: str = "*") -> list[dict[str, Any]]:
-    """One dict a model and release that match `pattern`: name with tag, size, input, licence, address of weights."""
+    """One dict for each model and release that match a pattern: name, size, input, licence, weights."""
     import timm
 
     from visionsel.models import registered_names
 
     rows = []
     for name in registered_names(pattern):
-        model = timm.create_model(name, device="meta")
-        parameters = sum(p.numel() for p in model.parameters())
         for tagged in timm.list_models(f"{name}.*", include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)
+            model = timm.create_model(tagged, device="meta")  # a tag may change the architecture
+            parameters = sum(p.numel() for p in model.parameters())
             rows.append(
                 {
                     "model": tagged,
@@ -135,6 +167,39 @@ def _predict(options: argparse.Namespace) -> None:
         print(result["image"])
         for entry in result["classes"]:
             print(f"  {entry['probability']:7.2%}  {entry['label']}")
+
+
+def _data_shapes(options: argparse.Namespace) -> None:
+    from visionsel.data.shapes import write_shapes
+
+    root = write_shapes(
+        options.out,
+        options.size,
+        options.test_size,
+        options.seed,
+        options.distribution,
+        options.image_size,
+        caption_noise=options.caption_noise,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    card = json.loads((root / "shapes.json").read_text())
+    if options.json:
+        print(json.dumps({"out": str(root), **card}, indent=2))
+        return
+    _print_table(
+        ["split", "distribution", "seed", "images"],
+        [
+            [name, split["distribution"], str(split["seed"]), str(split["size"])]
+            for name, split in card["splits"].items()
+        ],
+    )
+
+
+def _show_progress(done: int, total: int) -> None:
+    """A bar on stderr that redraws itself in place."""
+    filled = 40 * done // total
+    end = "\n" if done == total else ""
+    print(f"\r[{'#' * filled:40}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

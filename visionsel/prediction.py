@@ -1,5 +1,6 @@
 """Classify images with a registered model and a file of weights; what `visionsel predict` does."""
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ def load_classifier(
     """Build a classifier from a model name, a file of weights, or both.
 
     Args:
-        name: a timm model name; may be left out when `checkpoint` is one of `train.classification`, which names it.
+        name: a timm model name; not needed when `checkpoint` is one of `train.classification`.
         checkpoint: the authors' file, a safetensors file, or a checkpoint of `train.classification`. None
             downloads the release that the name's tag stands for.
         device: default cuda if there is one, else cpu.
@@ -46,11 +47,19 @@ def load_classifier(
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     trained = _read_training_checkpoint(checkpoint) if checkpoint is not None else None
     if trained is not None:
-        model_name, arguments, state, labels = trained
-        if name is not None and name != model_name:
-            raise ValueError(f"{checkpoint} holds a {model_name}, not a {name}; leave out --model")
-        model = timm.create_model(model_name, **arguments)
-        model.load_state_dict(state)
+        recipe = trained["hyper_parameters"]
+        if name not in (None, recipe["model"]):
+            raise ValueError(f"{checkpoint} holds a {recipe['model']}, not a {name}; leave out --model")
+        labels = list(recipe["class_names"])
+        model = timm.create_model(
+            recipe["model"],
+            num_classes=len(labels),
+            pretrained_cfg_overlay=recipe["preprocessing"],
+            **recipe["model_args"] or {},
+        )
+        prefix = "net."
+        weights = trained["state_dict"].items()
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)})
     elif checkpoint is not None:
         if name is None:
             raise ValueError(f"{checkpoint} does not name its model; name it with --model")
@@ -68,7 +77,7 @@ def load_classifier(
 
 
 def predict_images(classifier: Classifier, paths: Sequence[Path], topk: int = 5) -> list[dict[str, Any]]:
-    """The likeliest classes of each image: `[{"image": path, "classes": [{"label", "index", "probability"}]}]`.
+    """The likeliest classes of each image: `[{"image", "classes": [{"label", "index", "probability"}]}]`.
 
     All images are opened before the first is classified, so that a broken one costs nothing.
 
@@ -90,6 +99,20 @@ def predict_images(classifier: Classifier, paths: Sequence[Path], topk: int = 5)
         ]
         results.append({"image": str(path), "classes": classes})
     return results
+
+
+def _read_training_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint if `train.classification` wrote it; None if it is a bare release."""
+    if path.suffix == ".safetensors":
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint (damaged, or not weights only): {error}"
+        ) from error
+    wanted = {"hyper_parameters", "state_dict"}
+    return checkpoint if isinstance(checkpoint, dict) and wanted <= checkpoint.keys() else None
 
 
 def _open_image(path: Path) -> Image.Image:
