@@ -1,0 +1,238 @@
+"""What the training programs share: the run's folder, loggers, checkpoints, and early errors.
+
+A run is a folder: `config.yaml` (everything, resolved), `checkpoints/best.ckpt` and `last.ckpt`, and
+`logs/version_N/` with `metrics.csv` and TensorBoard's events, one N for each start.
+"""
+
+import pickle
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+__all__ = ["RunCLI", "WeightEMA", "read_checkpoint", "run_cli"]
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with a run folder, `weights_only=True` for every file that is loaded, and early checks.
+
+    Subclasses set `monitor`, the metric whose highest value is the best checkpoint.
+    """
+
+    monitor = "val/top1"
+
+    def __init__(
+        self,
+        model: type[LightningModule],
+        data: type[LightningDataModule],
+        arguments: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            data,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            args=None if arguments is None else list(arguments),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The arguments of a run, beside Lightning's."""
+        parser.add_argument("--output", type=str, default="runs/run", help="folder of the run")
+        parser.add_argument(
+            "--predictions",
+            type=str | None,
+            default=None,
+            help="CSV of the predict verb [OUTPUT/predictions.csv]",
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=str,
+            default="high",
+            help="float32 products on tensor cores: highest, high (TF32) or medium",
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs; `weights_only` is not an option."""
+        return {
+            verb: skipped | {"weights_only"} | ({"return_predictions"} if verb == "predict" else set())
+            for verb, skipped in LightningCLI.subcommands().items()
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's, without its warning when a program with arguments of its own calls this one."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the checkpoint's arguments win over those given; here the given ones hold."""
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self._get(self.config, "output"))
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what can be refused without building anything."""
+        given = self._get(self.config, "ckpt_path")
+        self.resumed = given not in (None, "best", "last", "hpc", "registry")
+        if self.resumed:
+            self.checkpoint = read_checkpoint(given)
+        if self.subcommand == "fit" and given is None and (self.output / "config.yaml").exists():
+            raise ValueError(
+                f"{self.output} already holds a run; resume it with --ckpt_path "
+                f"{self.output / 'checkpoints' / 'last.ckpt'}, name another --output, or delete it"
+            )
+        torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's trainer with our loggers and checkpoints, where the configuration names none."""
+        config = self._get(self.config_init, "trainer")
+        fit = self.subcommand == "fit"
+        if config.get("logger") is None:
+            kwargs["logger"] = self._loggers() if fit else False
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        writes = fit and config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+        if not fit and config.get("enable_checkpointing") is None:
+            kwargs["enable_checkpointing"] = False
+        if writes and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, *self._checkpoints()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> list[CSVLogger | TensorBoardLogger]:
+        csv = CSVLogger(self.output, name="logs")
+        version = csv.version
+        return [csv, TensorBoardLogger(self.output, name="logs", version=version, default_hp_metric=False)]
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        folder = self.output / "checkpoints"
+        best = ModelCheckpoint(
+            folder,
+            "best",
+            monitor=self.monitor,
+            mode="max",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        return [best, last]
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; leave no folder behind when nothing was trained."""
+        existed = self.output.exists()
+        try:
+            self.trainer.fit(weights_only=True, **kwargs)
+        except Exception:
+            if not existed and self.trainer.global_step == 0:
+                shutil.rmtree(self.output, ignore_errors=True)
+            raise
+
+    def validate(self, **kwargs: Any) -> list[dict[str, float]]:
+        """Metrics on the validation split."""
+        return self.trainer.validate(weights_only=True, **kwargs)  # type: ignore[return-value]
+
+    def test(self, **kwargs: Any) -> list[dict[str, float]]:
+        """Metrics on the test split."""
+        return self.trainer.test(weights_only=True, **kwargs)  # type: ignore[return-value]
+
+
+class WeightEMA(EMAWeightAveraging):
+    """Lightning's averaged weights, forgotten when training ends.
+
+    Lightning keeps the average, and a later `trainer.validate` or `trainer.test` of a checkpoint would
+    exchange its weights with those of the end of training.
+    """
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._average_model = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run's folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            output = Path(self.config["output"])
+            output.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, output / self.config_filename, skip_none=False, overwrite=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A file of weights, as tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+        ValueError: naming the file that is truncated, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or is cut off: {_first_line(error)}") from error
+    except Exception as error:  # safetensors has its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{path} is not a safetensors file, or is cut off: {_first_line(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict or a checkpoint")
+    return checkpoint
+
+
+def run_cli(program: str, build: Callable[[list[str]], Any], arguments: Sequence[str] | None) -> int:
+    """Run a program; what the user can mend becomes one line on stderr. `--debug` shows where it came from.
+
+    Returns:
+        The exit status: 0 done, 1 the input was not usable (2, from argparse, wrong arguments).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quiet()
+    try:
+        build(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quiet() -> None:
+    """Silence what a user of Lightning 2.6 can do nothing about."""
+    # whether a run's folder is in use is checked above, and resuming into it is the ordinary case
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # Lightning calls torch functions that torch 2.15 deprecates
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
