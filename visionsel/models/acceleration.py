@@ -1,0 +1,140 @@
+"""Fast halo attention and focal modulation in models that timm built."""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from timm.layers.halo_attn import HaloAttn, PosEmbedRel
+from timm.models.focalnet import FocalModulation
+from torch import Tensor, nn
+
+from visionsel.layers.focal_modulation import plain_kernels, weights_suffice
+from visionsel.ops.focal_modulation import focal_modulation
+from visionsel.ops.focal_modulation.tiled import tiled as tiled_focal
+from visionsel.ops.halo import halo_attention
+from visionsel.ops.halo.tiled import tiled as tiled_halo
+
+__all__ = ["accelerate"]
+
+
+@register_notrace_module
+class AcceleratedHaloAttn(HaloAttn):
+    """timm's `HaloAttn`, computed by `visionsel.ops.halo_attention`; made by `accelerate`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, dim_out, H / stride, W / stride]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+            if not weights_suffice(self.pos_embed, PosEmbedRel):
+                return super().forward(x)
+        batch, _, height, width = x.shape
+        if height % self.block_size != 0 or width % self.block_size != 0:
+            raise ValueError(
+                f"HaloAttn takes maps whose sides are multiples of block_size {self.block_size}, got "
+                f"{height} x {width}; resize the image, or use visionsel.layers.HaloAttention, which pads"
+            )
+        contiguous = x.is_contiguous()
+        # one change of layout here saves those of queries, keys and values
+        x = x.contiguous(memory_format=torch.channels_last)
+        step = self.block_stride
+        query = self.q(x).permute(0, 2, 3, 1)
+        query = query.reshape(batch, height // step, width // step, self.num_heads, self.dim_head_qk)
+        kv = self.kv(x).permute(0, 2, 3, 1)
+        kv = kv.reshape(batch, height, width, self.num_heads, self.dim_head_qk + self.dim_head_v)
+        key, value = kv[..., : self.dim_head_qk], kv[..., self.dim_head_qk :]
+        height_rel, width_rel = self.pos_embed.height_rel, self.pos_embed.width_rel
+        if self.scale_pos_embed:
+            height_rel, width_rel = height_rel * self.scale, width_rel * self.scale
+        block, halo = self.block_size, self.halo_size
+        if torch.jit.is_scripting():
+            out = tiled_halo(query, key, value, block, halo, step, height_rel, width_rel, self.scale)
+        else:
+            out = halo_attention(query, key, value, block, halo, height_rel, width_rel, scale=self.scale)
+        out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        # the layout that the rest of the model is in
+        return out.contiguous() if contiguous else out
+
+
+@register_notrace_module
+class AcceleratedFocalModulation(FocalModulation):
+    """timm's `FocalModulation`, computed by `visionsel.ops.focal_modulation`; made by `accelerate`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, dim, H, W]`."""
+        if torch.jit.is_scripting():
+            weights: list[Tensor] = []
+            for level in self.focal_layers:
+                weights.append(level[0].weight)  # type: ignore[index]
+            query, context, gates = self.f(x).split(self.input_split, dim=1)
+            out = tiled_focal(
+                query.permute(0, 2, 3, 1),
+                context.permute(0, 2, 3, 1),
+                gates.permute(0, 2, 3, 1),
+                weights,
+                self.h.weight,
+                self.h.bias,
+                self.normalize_modulator,
+            )
+        else:
+            kernels = plain_kernels(self.focal_layers, self.h)
+            if kernels is None:
+                return super().forward(x)
+            query, context, gates = self._project(x.contiguous(memory_format=torch.channels_last))
+            out = focal_modulation(
+                query.permute(0, 2, 3, 1),
+                context.permute(0, 2, 3, 1),
+                gates.permute(0, 2, 3, 1),
+                kernels,
+                self.h.weight,
+                self.h.bias,
+                normalize=self.normalize_modulator,
+            )
+        out = self.proj_drop(self.proj(self.norm(out.permute(0, 3, 1, 2))))
+        # the layout that the rest of the model is in
+        return out.contiguous() if x.is_contiguous() else out
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, context and gates, NCHW."""
+        if not weights_suffice(self.f, nn.Conv2d):
+            return self.f(x).split(self.input_split, dim=1)
+        # three projections into memory of their own: slices of one have gaps and would be copied
+        weights = self.f.weight.split(self.input_split)
+        biases = (None, None, None) if self.f.bias is None else self.f.bias.split(self.input_split)
+        return tuple(F.conv2d(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    HaloAttn: AcceleratedHaloAttn,
+    FocalModulation: AcceleratedFocalModulation,
+}
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Make timm's halo attention and focal modulation inside a model run on visionsel's operators.
+
+    changes: it stays the same object with the same parameters, state-dict keys, hooks, mode, device and
+    dtype, and `isinstance` of timm's class holds. Subclasses of these two are left alone, since their
+    forward may differ. Calling it again does nothing. Where a submodule has become more than its weights
+    (an adapter, pruning, a hook of its own), timm's code runs.
+
+    Args:
+        model: any module tree, for example `timm.create_model("halonet50ts")`.
+
+    Returns:
+        `model` itself.
+
+    Warns:
+        UserWarning: if the model holds nothing to accelerate; it is returned as it was.
+    """
+    found = False
+    for module in model.modules():
+        fast = _FAST.get(type(module))
+        if fast is not None:
+            module.__class__ = fast
+        found = found or type(module) in _FAST.values()
+    if not found:
+        warnings.warn(
+            f"{type(model).__name__} holds no timm HaloAttn or FocalModulation; nothing was accelerated",
+            stacklevel=2,
+        )
+    return model
