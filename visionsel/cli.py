@@ -134,6 +134,7 @@ def list_releases(pattern: str = "*") -> list[dict[str, Any]]:
     for name in registered_names(pattern):
         for tagged in timm.list_models(f"{name}.*", include_tags=True) or [name]:
             cfg = timm.get_pretrained_cfg(tagged)
+            assert cfg is not None  # every model of ours has one
             model = timm.create_model(tagged, device="meta")  # a tag may change the architecture
             parameters = sum(p.numel() for p in model.parameters())
             rows.append(

@@ -45,6 +45,7 @@ def load_classifier(
         raise ValueError("name a model with --model, or a training checkpoint with --checkpoint")
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+    model: Any
     trained = _read_training_checkpoint(checkpoint) if checkpoint is not None else None
     if trained is not None:
         recipe = trained["hyper_parameters"]
@@ -67,6 +68,8 @@ def load_classifier(
         labels = _imagenet_labels(model.num_classes)
     else:
         cfg = timm.get_pretrained_cfg(str(name))
+        if cfg is None:
+            raise ValueError(f"unknown model {name!r}; 'visionsel models' lists ours, timm.list_models() all")
         if not cfg.has_weights:
             raise ValueError(f"no weights of {name} were released; give your own with --checkpoint")
         model = timm.create_model(str(name), pretrained=True)

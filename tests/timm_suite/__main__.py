@@ -13,11 +13,13 @@ CACHE = Path(sys.prefix) / "timm-suite"
 
 
 def timm_tests() -> Path:
-    """`test_models.py` of the installed timm: from the checkout at TIMM_SOURCE, or from its source release."""
+    """`test_models.py` of timm: from the checkout at TIMM_SOURCE, or from the installed version's source."""
     if source := os.environ.get("TIMM_SOURCE"):
         path = Path(source) / "tests" / "test_models.py"
         if not path.is_file():
-            sys.exit(f"TIMM_SOURCE={source} has no tests/test_models.py; name a checkout of pytorch-image-models")
+            sys.exit(
+                f"TIMM_SOURCE={source} has no tests/test_models.py; name a pytorch-image-models checkout"
+            )
         return path
     path = CACHE / timm.__version__ / "test_models.py"
     if not path.is_file():

@@ -125,7 +125,7 @@ class Pyramid(nn.Module):
         """Recompute the blocks' activations in backward instead of keeping them."""
         self.grad_checkpointing = enable
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -12,7 +12,6 @@ neighborhoods, the coarse map at routed regions, the last at focal contexts. Not
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -175,20 +174,18 @@ class SelectFormer(Pyramid):
                 case _:
                     return FocalModulation(dim, focal_window=3, focal_level=3, backend=backend, **dd)
 
-        norm_layer = partial(LayerNorm2d, eps=1e-6, **dd)
-        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1, **dd)
+        def halving(channels: int, dim: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(channels, dim, 3, stride=2, padding=1, **dd),
+                LayerNorm2d(dim, eps=1e-6, **dd),
+            ]
+
         half = embed_dims[0] // 2
-        stem = nn.Sequential(
-            conv(in_chans, half),
-            norm_layer(half),
-            nn.GELU(),
-            conv(half, embed_dims[0]),
-            norm_layer(embed_dims[0]),
-        )
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stem = nn.Sequential(*halving(in_chans, half), nn.GELU(), *halving(half, embed_dims[0]))
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            downsample = nn.Sequential(conv(embed_dims[i - 1], dim), norm_layer(dim)) if i else None
+            downsample = nn.Sequential(*halving(embed_dims[i - 1], dim)) if i else None
             blocks = [
                 SelectFormerBlock(
                     dim, make_mixer(i, j), mlp_ratio, layer_scale, proj_drop_rate, rates[i][j], **dd
@@ -199,7 +196,7 @@ class SelectFormer(Pyramid):
         super().__init__(
             stem,
             stages,
-            norm_layer(embed_dims[-1]),
+            LayerNorm2d(embed_dims[-1], eps=1e-6, **dd),
             widths=embed_dims,
             reductions=(4, 8, 16, 32),
             num_classes=num_classes,

@@ -28,7 +28,9 @@ def check_attention_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
     """
     for name, x in (("q", query), ("k", key), ("v", value)):
         if x.ndim != 5:
-            raise ValueError(f"{name} must be [B, H, W, heads, head_dim], got {x.ndim} dimensions: {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be [B, H, W, heads, head_dim], got {x.ndim} dimensions: {tuple(x.shape)}"
+            )
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(
                 f"q, k and v must share dtype and device; q is {query.dtype} on {query.device}, "

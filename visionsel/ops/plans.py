@@ -1,8 +1,8 @@
 """Index tables that depend on shapes alone, built once and kept.
 
-A plan is a tuple of tensors computed from integers (map size, kernel, ...). In eager mode it is worth keeping:
-building one costs more launches than the attention that uses it. It is built afresh while a compiler or a fake
-tensor mode is looking on, since it would be a symbol of that run.
+A plan is a tuple of tensors computed from integers (map size, kernel, ...). In eager mode it is worth
+keeping: building one costs more launches than the attention that uses it. It is built afresh while a compiler
+or a fake tensor mode is looking on, since it would be a symbol of that run.
 """
 
 import functools
@@ -30,6 +30,6 @@ def keep_plans(build: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tens
     def lookup(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
             return build(*args, **kwargs)
-        return kept(*args, **kwargs)
+        return kept(*args, **kwargs)  # type: ignore[arg-type]  # an unhashable argument raises TypeError
 
     return lookup
