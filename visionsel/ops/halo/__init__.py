@@ -86,20 +86,19 @@ def _check(
     if not isinstance(halo_size, int) or halo_size < 0:
         raise ValueError(f"halo_size must be an int of 0 or more, got {halo_size!r}")
     height, width = k.shape[1:3]
+    # by comparison, since a quotient of symbolic sizes would stay a symbol in all that follows
+    stride = 1
+    while q.shape[1] * stride != height or q.shape[2] * stride != width or block_size % stride:
+        stride += 1
+        if stride > block_size:
+            raise ValueError(
+                "the map of k must be that of q times an integer that divides block_size, got k "
+                f"{height} x {width}, q {q.shape[1]} x {q.shape[2]} and block_size {block_size}"
+            )
     if height % block_size or width % block_size:
         raise ValueError(
             f"block_size {block_size} must divide the map of k, got {height} x {width}; pad it to multiples "
             f"of {block_size} (layers.HaloAttention does) or choose a block that divides both sides"
-        )
-    stride = int(height // q.shape[1]) if q.shape[1] else 0
-    if stride < 1 or q.shape[1] * stride != height or q.shape[2] * stride != width:
-        raise ValueError(
-            f"the map of k must be that of q times one integer, got k {height} x {width} and "
-            f"q {q.shape[1]} x {q.shape[2]}"
-        )
-    if block_size % stride:
-        raise ValueError(
-            f"the stride {stride} between the maps of q and k must divide block_size, got {block_size}"
         )
     if (rel_pos_height is None) != (rel_pos_width is None):
         raise ValueError("give both rel_pos_height and rel_pos_width, or neither")

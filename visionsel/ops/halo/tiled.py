@@ -50,13 +50,11 @@ def _index(
 _kept_index = keep_plans(_index)
 
 
-def _rows(x: Tensor, size: list[int]) -> Tensor:
-    """Copy to `[N, *size]`, all axes before merged to N."""
-    count = 1
-    for length in size:
-        count *= length
+def _merge(x: Tensor) -> Tensor:
+    """Copy `[N, heads, L, C]` to `[N * heads, L, C]`."""
+    count, heads, length, channels = x.shape
     x = x.clone(memory_format=torch.contiguous_format).flatten()
-    return x.view(-1, count).view([-1] + size)
+    return x.view(count * heads, length * channels).view(count * heads, length, channels)
 
 
 def _gather(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
@@ -66,12 +64,13 @@ def _gather(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
     return x.index_select(0, index.flatten())
 
 
-def _windows(x: Tensor, keys: Tensor, halo_size: int, window: int) -> Tensor:
+def _windows(x: Tensor, keys: Tensor, halo_size: int, blocks: int, window: int) -> Tensor:
     """Map `[B, H, W, heads, head_dim]` -> windows `[N, heads, window * window, head_dim]`, zero outside."""
     x = F.pad(x, (0, 0, 0, 0, halo_size, halo_size, halo_size, halo_size))
     batch, height, width, heads, head_dim = x.shape
-    x = _gather(x.flatten().view(-1, heads * head_dim), keys, batch, height * width)
-    return x.view(-1, window * window, heads, head_dim).transpose(1, 2)
+    x = x.flatten().view(batch * height * width, heads * head_dim)
+    x = _gather(x, keys, batch, height * width)
+    return x.view(batch * blocks, window * window, heads, head_dim).transpose(1, 2)
 
 
 def _relative_logits(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> Tensor:
@@ -86,8 +85,8 @@ def _relative_logits(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> 
     """
     count, side, _, heads, head_dim = query.shape
     window = height_rows.shape[1]
-    by_row = query.transpose(0, 1).reshape(side, -1, head_dim)
-    by_column = query.permute(2, 0, 1, 3, 4).reshape(side, -1, head_dim)
+    by_row = query.transpose(0, 1).reshape(side, count * side * heads, head_dim)
+    by_column = query.permute(2, 0, 1, 3, 4).reshape(side, count * side * heads, head_dim)
     vertical = torch.bmm(by_row, height_rows.transpose(1, 2)).view(side, count, side, heads, window)
     horizontal = torch.bmm(by_column, width_rows.transpose(1, 2)).view(side, count, side, heads, window)
     # laid out in the order of the sum while they are small
@@ -112,6 +111,7 @@ def tiled(
     batch, height, width, heads, head_dim = k.shape
     value_dim = v.shape[4]
     rows, columns = height // block_size, width // block_size
+    blocks = rows * columns
     side = block_size // stride
     window = block_size + 2 * halo_size
     if torch.jit.is_scripting():
@@ -119,10 +119,11 @@ def tiled(
     else:
         queries, keys, offsets, places = _kept_index(height, width, block_size, halo_size, stride, k.device)
 
-    key = _windows(k, keys, halo_size, window)
-    value = _windows(v, keys, halo_size, window)
-    query = q.contiguous().flatten().view(-1, heads * head_dim)
-    query = _gather(query, queries, batch, rows * columns * side * side).view(-1, side, side, heads, head_dim)
+    key = _windows(k, keys, halo_size, blocks, window)
+    value = _windows(v, keys, halo_size, blocks, window)
+    pixels = blocks * side * side
+    query = q.contiguous().flatten().view(batch * pixels, heads * head_dim)
+    query = _gather(query, queries, batch, pixels).view(batch * blocks, side, side, heads, head_dim)
 
     gradient = q.requires_grad or k.requires_grad or v.requires_grad
     bias: Tensor | None = None
@@ -140,18 +141,18 @@ def tiled(
     else:
         fused = not (torch.is_grad_enabled() and (gradient or bias_gradient))
         fused = fused and (q.dtype == torch.float32 or q.dtype == torch.float64)
-    query = query.view(-1, side * side, heads, head_dim).transpose(1, 2)
+    query = query.view(batch * blocks, side * side, heads, head_dim).transpose(1, 2)
     if fused:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     else:
-        query = _rows(query, [side * side, head_dim])
-        key = _rows(key, [window * window, head_dim]).transpose(1, 2)
-        value = _rows(value, [window * window, value_dim])
+        query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
         if bias is None:
             logits = torch.bmm(query, key) * scale
         else:
-            logits = torch.baddbmm(bias.view(-1, side * side, window * window), query, key, alpha=scale)
-        out = torch.bmm(logits.softmax(-1), value).view(-1, heads, side * side, value_dim)
-    out = out.transpose(1, 2).contiguous().flatten().view(-1, heads * value_dim)
-    out = _gather(out, places, batch, rows * columns * side * side).flatten().view(batch, -1)
+            bias = bias.view(batch * blocks * heads, side * side, window * window)
+            logits = torch.baddbmm(bias, query, key, alpha=scale)
+        out = torch.bmm(logits.softmax(-1), value)
+        out = out.view(batch * blocks, heads, side * side, value_dim)
+    out = out.transpose(1, 2).contiguous().flatten().view(batch * pixels, heads * value_dim)
+    out = _gather(out, places, batch, pixels).flatten().view(batch, pixels * heads * value_dim)
     return out.view(batch, rows * side, columns * side, heads, value_dim)
