@@ -127,7 +127,9 @@ def check_model_fixture(
             if name or not fixture.get("feature_shapes"):
                 continue
             with torch.no_grad():
-                features = model.forward_intermediates(image, intermediates_only=True)
+                features = model.forward_intermediates(
+                    image, indices=fixture.get("feature_indices"), intermediates_only=True
+                )
             assert [list(f.shape) for f in features] == fixture["feature_shapes"]
             for feature, sample in zip(features, fixture[f"features_sample{suffix}"], strict=True):
                 expected = torch.tensor(sample, dtype=torch.float64)

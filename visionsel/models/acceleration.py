@@ -27,7 +27,7 @@ class AcceleratedHaloAttn(HaloAttn):
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
             if not weights_suffice(self.pos_embed, PosEmbedRel):
                 return super().forward(x)
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         if height % self.block_size != 0 or width % self.block_size != 0:
             raise ValueError(
                 f"HaloAttn takes maps whose sides are multiples of block_size {self.block_size}, got "
@@ -36,18 +36,18 @@ class AcceleratedHaloAttn(HaloAttn):
         contiguous = x.is_contiguous()
         # one change of layout here saves those of queries, keys and values
         x = x.contiguous(memory_format=torch.channels_last)
-        step = self.block_stride
-        query = self.q(x).permute(0, 2, 3, 1)
-        query = query.reshape(batch, height // step, width // step, self.num_heads, self.dim_head_qk)
+        query = self.q(x).permute(0, 2, 3, 1).unflatten(-1, [self.num_heads, self.dim_head_qk])
         kv = self.kv(x).permute(0, 2, 3, 1)
-        kv = kv.reshape(batch, height, width, self.num_heads, self.dim_head_qk + self.dim_head_v)
+        kv = kv.unflatten(-1, [self.num_heads, self.dim_head_qk + self.dim_head_v])
         key, value = kv[..., : self.dim_head_qk], kv[..., self.dim_head_qk :]
         height_rel, width_rel = self.pos_embed.height_rel, self.pos_embed.width_rel
         if self.scale_pos_embed:
             height_rel, width_rel = height_rel * self.scale, width_rel * self.scale
         block, halo = self.block_size, self.halo_size
         if torch.jit.is_scripting():
-            out = tiled_halo(query, key, value, block, halo, step, height_rel, width_rel, self.scale)
+            out = tiled_halo(
+                query, key, value, block, halo, self.block_stride, height_rel, width_rel, self.scale
+            )
         else:
             out = halo_attention(query, key, value, block, halo, height_rel, width_rel, scale=self.scale)
         out = self.pool(out.flatten(3).permute(0, 3, 1, 2))

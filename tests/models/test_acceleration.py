@@ -1,0 +1,325 @@
+"""`visionsel.accelerate`: the same numbers, parameters and habits as timm's modules, by another route."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers.halo_attn import HaloAttn
+from timm.models._features_fx import GraphExtractNet
+from timm.models.focalnet import FocalModulation, FocalNet
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import visionsel
+from tests.support import check_model_fixture, fill_state_dict, load_fixture
+from visionsel import accelerate
+from visionsel.models import acceleration
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+
+# float32: the error of reordered sums; float64: the same at its precision
+ATOL = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+# each with the shape of an input
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "halo": (lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=2), (2, 16, 8, 12)),
+    "halo_bias_and_scaled_tables": (
+        lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1, qkv_bias=True, scale_pos_embed=True),
+        (2, 16, 8, 12),
+    ),
+    "halo_stride": (lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1, stride=2), (1, 16, 8, 12)),
+    "halo_stride_scaled_tables": (
+        lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1, stride=2, scale_pos_embed=True),
+        (1, 16, 8, 12),
+    ),
+    "halo_pooled": (
+        lambda: HaloAttn(
+            16, 32, num_heads=2, block_size=4, halo_size=1, stride=2, avg_down=True, qk_ratio=0.5
+        ),
+        (2, 16, 8, 12),
+    ),
+    "halo_odd_block_pooled": (
+        lambda: HaloAttn(16, num_heads=2, block_size=3, halo_size=1, stride=2, dim_head=4),
+        (1, 16, 6, 6),
+    ),
+    "focal": (lambda: FocalModulation(8, 3, 2), (2, 8, 5, 7)),
+    "focal_no_bias": (lambda: FocalModulation(8, 3, 3, bias=False), (1, 8, 6, 6)),
+    "focal_post_norm": (
+        lambda: FocalModulation(8, 5, 3, use_post_norm=True, normalize_modulator=True),
+        (2, 8, 9, 4),
+    ),
+}
+
+# names of timm models with such layers, with the smallest side that all of their blocks divide
+MODELS = {
+    "halonet26t": 256,
+    "halonet50ts": 256,
+    "sehalonet33ts": 256,
+    "halonet_h1": 256,
+    "eca_halonext26ts": 256,
+    "haloregnetz_b": 224,
+    "lamhalobotnet50ts_256": 256,
+    "halo2botnet50ts_256": 256,
+    "focalnet_tiny_srf": 64,
+    "focalnet_tiny_lrf": 64,
+}
+
+
+def swapped(model: nn.Module) -> list[nn.Module]:
+    fast = (acceleration.AcceleratedHaloAttn, acceleration.AcceleratedFocalModulation)
+    return [module for module in model.modules() if isinstance(module, fast)]
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Weights under which every branch counts: timm starts the last norm of a branch at zero."""
+    model.load_state_dict(fill_state_dict([[k, tuple(v.shape)] for k, v in model.state_dict().items()]))
+    return model
+
+
+@pytest.fixture(params=LAYERS)
+def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A layer of timm's, the same accelerated, and an input."""
+    build, shape = LAYERS[request.param]
+    torch.manual_seed(0)
+    layer = build()
+    return layer, accelerate(copy.deepcopy(layer)), torch.randn(shape)
+
+
+@pytest.mark.parametrize("dtype", ATOL)
+def test_outputs_and_gradients_are_timms(
+    pair: tuple[nn.Module, nn.Module, Tensor], dtype: torch.dtype
+) -> None:
+    results = []
+    for layer in pair[:2]:
+        layer.to(dtype)
+        x = pair[2].to(dtype).requires_grad_()
+        out = layer(x)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        gradients = torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])
+        with torch.no_grad():
+            inferred = layer(x)
+        results.append([out, inferred, *gradients])
+    assert results[1][0].is_contiguous()
+    for expected, got in zip(*results, strict=True):
+        atol = ATOL[dtype] * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+def test_double_before_or_after_makes_no_difference(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    x = pair[2].double()
+    before = accelerate(copy.deepcopy(pair[0]).double())
+    torch.testing.assert_close(before(x), pair[0].double()(x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(before(x), pair[1].double()(x), rtol=0, atol=0)
+
+
+def test_a_layer_keeps_its_layout_of_memory(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    x = pair[2].contiguous(memory_format=torch.channels_last)
+    out = pair[1](x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, pair[0](x), rtol=0, atol=1e-5)
+
+
+def test_scripted_it_gives_the_same(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    torch.testing.assert_close(torch.jit.script(pair[1])(pair[2]), pair[0](pair[2]), rtol=0, atol=1e-5)
+
+
+def test_copies_and_pickles_stay_accelerated(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    for other in (copy.deepcopy(pair[1]), pickle.loads(pickle.dumps(pair[1]))):
+        assert type(other) is type(pair[1])
+        torch.testing.assert_close(other(pair[2]), pair[1](pair[2]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["halo", "halo_stride", "focal_post_norm"])
+def test_compiled_without_graph_breaks_it_gives_the_same(name: str) -> None:
+    build, shape = LAYERS[name]
+    layer = accelerate(build())
+    x = torch.randn(shape)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["halo", "halo_stride", "focal_post_norm"])
+def test_one_export_serves_other_batches_and_maps(name: str) -> None:
+    build, shape = LAYERS[name]
+    layer = accelerate(build()).eval()
+    dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(layer, (torch.randn(2, *shape[1:]),), dynamic_shapes=(dims,)).module()
+    x = torch.randn(3, shape[1], 16, 8)
+    torch.testing.assert_close(program(x), layer(x), rtol=0, atol=1e-5)
+
+
+def test_autocast_stays_close(pair: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pair[1](pair[2])
+    torch.testing.assert_close(out.float(), pair[0](pair[2]), rtol=0.05, atol=0.05)
+
+
+def test_the_module_stays_itself() -> None:
+    model = nn.Sequential(HaloAttn(16, num_heads=2, block_size=4), FocalModulation(16, 3, 2)).eval()
+    calls = []
+    for module in model:
+        module.register_forward_hook(lambda module, args, out: calls.append(module))
+    modules, parameters, state = list(model.modules()), list(model.parameters()), list(model.state_dict())
+    assert accelerate(model) is model
+    assert [id(m) for m in model.modules()] == [id(m) for m in modules]
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert list(model.state_dict()) == state
+    assert not any(module.training for module in model.modules())
+    assert isinstance(model[0], HaloAttn)
+    assert isinstance(model[1], FocalModulation)
+    model(torch.randn(1, 16, 8, 8))
+    assert calls == list(model)
+
+
+def test_the_operators_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(HaloAttn(16, num_heads=2, block_size=4), FocalModulation(16, 3, 2))
+    accelerate(model)
+    called = []
+    for name in ("halo_attention", "focal_modulation"):
+        operator = getattr(acceleration, name)
+
+        def spy(*args: Any, operator: Any = operator, **kwargs: Any) -> Tensor:
+            called.append(operator.__name__)
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(acceleration, name, spy)
+    model(torch.randn(1, 16, 8, 8))
+    assert called == ["halo_attention", "focal_modulation"]
+
+
+def test_a_second_call_changes_nothing_and_does_not_warn() -> None:
+    layer = accelerate(FocalModulation(8, 3, 2))
+    kind = type(layer)
+    assert type(accelerate(layer)) is kind
+
+
+def test_a_shared_module_stays_shared() -> None:
+    layer = FocalModulation(8, 3, 2)
+    model = accelerate(nn.ModuleDict({"one": layer, "two": nn.Sequential(layer)}))
+    assert model["one"] is model["two"][0] is layer
+    assert len(swapped(model)) == 1
+
+
+def test_a_model_with_nothing_to_accelerate_is_returned_with_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match="Sequential holds no timm HaloAttn or FocalModulation"):
+        assert accelerate(model) is model
+
+
+def test_subclasses_are_left_alone() -> None:
+    class Doubled(FocalModulation):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = accelerate(nn.Sequential(Doubled(8, 3, 2), FocalModulation(8, 3, 2)))
+    assert type(model[0]) is Doubled
+    assert len(swapped(model)) == 1
+
+
+def test_a_map_that_the_blocks_do_not_divide_is_refused_as_timm_does() -> None:
+    layer = accelerate(HaloAttn(16, num_heads=2, block_size=4))
+    with pytest.raises(ValueError, match="multiples of block_size 4, got 8 x 10; resize the image"):
+        layer(torch.randn(1, 16, 8, 10))
+
+
+@pytest.mark.parametrize("place", ["f", "h", "focal_layers.0", "focal_layers.1.0", "norm", "proj"])
+def test_hooks_inside_focal_modulation_are_still_called(place: str) -> None:
+    layer = accelerate(FocalModulation(8, 3, 2, use_post_norm=True))
+    x = torch.randn(1, 8, 6, 6)
+    expected = layer(x)
+    seen = []
+    layer.get_submodule(place).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "weight"),
+    [
+        ("focal", "f", "weight"),
+        ("focal", "h", "weight"),
+        ("halo", "pos_embed", "height_rel"),
+        ("halo", "kv", "weight"),
+    ],
+)
+def test_pruning_keeps_its_effect(kind: str, place: str, weight: str) -> None:
+    build, shape = LAYERS[kind]
+    plain = build()
+    layer = accelerate(copy.deepcopy(plain))
+    x = torch.randn(shape)
+    for each in (plain, layer):
+        module = each.get_submodule(place)
+        prune.l1_unstructured(module, weight, amount=0.5)
+        # only calling the module brings the plain weight up to date
+        getattr(module, f"{weight}_orig").data *= 2
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-5)
+
+
+def test_timms_tracer_sees_a_leaf() -> None:
+    model = nn.Sequential(FocalModulation(8, 3, 2), nn.ReLU())
+    x = torch.randn(1, 8, 6, 6)
+    expected = model(x)
+    traced = GraphExtractNet(accelerate(model), ["1"])
+    torch.testing.assert_close(traced(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_small_large_style_focalnet_is_accelerated_everywhere() -> None:
+    torch.manual_seed(0)
+    model = FocalNet(
+        embed_dim=8,
+        depths=(1, 1, 2, 1),
+        focal_levels=(3, 3, 3, 3),
+        focal_windows=(5, 5, 5, 5),
+        use_post_norm=True,
+        use_overlap_down=True,
+        use_post_norm_in_modulation=True,
+        normalize_modulator=True,
+        layerscale_value=1e-4,
+        proj_drop_rate=0.5,
+        num_classes=7,
+    ).eval()
+    fast = accelerate(copy.deepcopy(filled(model)))
+    assert len(swapped(fast)) == 5
+    image = torch.randn(1, 3, 96, 64, dtype=torch.float64)
+    torch.testing.assert_close(fast.double()(image), model.double()(image), rtol=0, atol=1e-9)
+    for each in (model, fast):
+        each.train()
+        torch.manual_seed(1)  # the same dropout
+        each(image).sum().backward()
+    for (name, p), (_, q) in zip(model.named_parameters(), fast.named_parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-9, msg=partial("{}: {}".format, name))
+
+
+def test_all_halo_models_of_timm_are_in_the_table() -> None:
+    halo = {n for n in timm.list_models("*halo*") if timm.model_entrypoint(n).__module__.startswith("timm.")}
+    assert halo == {name for name in MODELS if "halo" in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_timm_keep_their_outputs_and_keys(name: str) -> None:
+    model = filled(timm.create_model(name)).eval().double()
+    fast = accelerate(copy.deepcopy(model))
+    expected = sum(type(m) in (HaloAttn, FocalModulation) for m in model.modules())
+    assert len(swapped(fast)) == expected > 0
+    assert list(fast.state_dict()) == list(model.state_dict())
+    image = torch.randn(1, 3, MODELS[name], MODELS[name], dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(image)
+        torch.testing.assert_close(fast(image), logits, rtol=0, atol=1e-9)
+        # the comparison says something: without the swapped layers' output the logits are others
+        for module in swapped(fast):
+            module.register_forward_hook(lambda module, args, out: out * 0.5)
+        assert (fast(image) - logits).abs().max() > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["halonet26t", "halonet_h1", "sehalonet33ts"])
+def test_timms_halonets_still_meet_their_fixtures(name: str) -> None:
+    model = visionsel.accelerate(timm.create_model(name))
+    check_model_fixture(model, load_fixture(f"timm_{name}"), lambda state, model: state)
