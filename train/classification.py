@@ -34,7 +34,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import visionsel  # noqa: F401  (registers the models with timm)
-from train.cli import RunCLI, WeightEMA, read_checkpoint, run_cli
+from train.cli import RunCLI, WeightEMA, brief, read_checkpoint, run_cli
 from train.image_data import ImageFolderData
 from visionsel.data.resumable import seed_generators
 from visionsel.models.pyramid import unwrap_state_dict
@@ -283,21 +283,16 @@ def _build(
             pretrained_cfg_overlay=overlay,
             **arguments,
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} with model_args {arguments}: {error}") from error
-    except RuntimeError as error:
-        if not (checkpoint or pretrained):
-            raise
-        raise ValueError(
-            f"the weights of {checkpoint or 'the release'} do not fit {name}: {error}"
-        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        weights = f" and the weights of {checkpoint or 'the release'}" if checkpoint or pretrained else ""
+        raise ValueError(f"{name} with model_args {arguments}{weights}: {brief(error)}") from error
     net.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     channels, height, width = preprocessing["input_size"]
     try:
         with torch.no_grad():
             logits = net.eval()(torch.zeros(1, channels, height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} does not take images of {height} x {width}: {error}") from error
+        raise ValueError(f"{name} does not take images of {height} x {width}: {brief(error)}") from error
     if logits.shape != (1, classes):
         raise ValueError(
             f"{name} gives {tuple(logits.shape)} for an image, not (1, {classes}); is it a classifier?"
@@ -372,7 +367,7 @@ class ClassificationCLI(RunCLI):
         files = self.datamodule.predict_files
         names = self.model.hparams["class_names"]
         target = Path(self._get(self.config, "predictions") or self.output / "predictions.csv")
-        results = self.trainer.predict(weights_only=True, **kwargs) or []
+        results = self.evaluate("predict", **kwargs) or []
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         try:

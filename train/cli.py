@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-__all__ = ["RunCLI", "WeightEMA", "read_checkpoint", "run_cli"]
+__all__ = ["RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli"]
 
 
 class RunCLI(LightningCLI):
@@ -139,13 +139,20 @@ class RunCLI(LightningCLI):
                 shutil.rmtree(self.output, ignore_errors=True)
             raise
 
-    def validate(self, **kwargs: Any) -> list[dict[str, float]]:
+    def validate(self, **kwargs: Any) -> Any:
         """Metrics on the validation split."""
-        return self.trainer.validate(weights_only=True, **kwargs)  # type: ignore[return-value]
+        return self.evaluate("validate", **kwargs)
 
-    def test(self, **kwargs: Any) -> list[dict[str, float]]:
+    def test(self, **kwargs: Any) -> Any:
         """Metrics on the test split."""
-        return self.trainer.test(weights_only=True, **kwargs)  # type: ignore[return-value]
+        return self.evaluate("test", **kwargs)
+
+    def evaluate(self, verb: str, **kwargs: Any) -> Any:
+        """Run a verb of the trainer that does not train."""
+        with warnings.catch_warnings():
+            # the callbacks that the checkpoint names belong to training
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+            return getattr(self.trainer, verb)(weights_only=True, **kwargs)
 
 
 class WeightEMA(EMAWeightAveraging):
@@ -192,11 +199,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or is cut off: {_first_line(error)}") from error
+        raise ValueError(f"{path} is not a checkpoint, or is cut off: {brief(error)}") from error
     except Exception as error:  # safetensors has its own
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ValueError(f"{path} is not a safetensors file, or is cut off: {_first_line(error)}") from error
+        raise ValueError(f"{path} is not a safetensors file, or is cut off: {brief(error)}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict or a checkpoint")
     return checkpoint
@@ -234,5 +241,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def brief(error: BaseException, limit: int = 300) -> str:
+    """The message of a foreign error on one line, cut off when it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]} ..."

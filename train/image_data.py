@@ -155,7 +155,7 @@ class ImageFolderData(LightningDataModule):
         world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         sampler = EpochSampler(self.train_set, self.seed, self.repeats, world_size, rank)
         self.train_loader = ResumableLoader(
-            self.train_set, self.batch_size, sampler=sampler, drop_last=True, **self._loading()
+            self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
         )
         if self.resume:
             self.train_loader.load_state_dict(self.resume)
@@ -198,9 +198,10 @@ class ImageFolderData(LightningDataModule):
         return read_image_folder(self.root / self.splits[split], transform)
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        return DataLoader(dataset, self.val_batch_size, shuffle=False, **self._loading())
+        return DataLoader(dataset, batch_size=self.val_batch_size, shuffle=False, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
+        # everything by name: Lightning makes some loaders again from their arguments
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,

@@ -1,9 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+
+from train.classification import main
 
 SMALL = {
     "model": "biformer_tiny",
@@ -18,10 +23,13 @@ SMALL = {
 """A BiFormer of 100 thousand parameters, with stochastic depth."""
 
 
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+@pytest.fixture(autouse=True)
+def _one_thread(_one_seed_and_the_workers_share_of_threads: None) -> None:
+    torch.set_num_threads(1)  # the tensors here are too small for more
+
+
+def make_image_folder(root: Path) -> Path:
     """Three classes of noise around three grey levels: 24 images to train on, 9 to validate, 9 to test."""
-    root = tmp_path / "images"
     generator = np.random.default_rng(0)
     for split, count in {"train": 8, "val": 3, "test": 3}.items():
         for label, name in enumerate(["ant", "bee", "cat"]):
@@ -33,28 +41,44 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def write_config(tmp_path: Path, image_folder: Path):
-    """Write a configuration over `image_folder`; keyword arguments are merged into its parts."""
+def make_config(path: Path, images: Path, **parts: Any) -> Path:
+    """Write a configuration over an image folder; keyword arguments are merged into its parts."""
+    config: dict[str, Any] = {
+        "output": str(path.parent / "run"),
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+        },
+        "model": {**SMALL, "lr": 1e-3},
+        "data": {"root": str(images), "image_size": 32, "batch_size": 4},
+    }
+    for part, values in parts.items():
+        config[part] = {**config[part], **values} if isinstance(values, dict) else values
+    path.write_text(yaml.safe_dump(config))
+    return path
 
-    def write(name: str = "config.yaml", **parts: dict) -> Path:
-        config = {
-            "output": str(tmp_path / "run"),
-            "trainer": {
-                "max_epochs": 2,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-            "model": {**SMALL, "lr": 1e-3},
-            "data": {"root": str(image_folder), "image_size": 32, "batch_size": 4},
-        }
-        for part, values in parts.items():
-            config[part] = {**config[part], **values} if isinstance(values, dict) else values
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(config))
-        return path
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    return make_image_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, image_folder: Path) -> Callable[..., Path]:
+    def write(name: str = "config.yaml", **parts: Any) -> Path:
+        return make_config(tmp_path / name, image_folder, **parts)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, to read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = make_config(folder / "config.yaml", make_image_folder(folder / "images"))
+    assert main(["fit", "--config", str(config)]) == 0
+    return folder / "run"
