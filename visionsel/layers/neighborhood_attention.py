@@ -4,14 +4,16 @@ arXiv:2209.15001).
 Names of parameters are those of the authors' `NeighborhoodAttention2D` in NATTEN 0.14.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionsel.ops.checks import pair
-from visionsel.ops.neighborhood import neighborhood_attention
-from visionsel.ops.neighborhood.tiled import crop_to, known, larger, tiled
+from visionsel.ops.neighborhood import neighborhood_attention, sizes_are_fixed
+from visionsel.ops.neighborhood.tiled import tiled
 
 __all__ = ["NeighborhoodAttention"]
 
@@ -79,9 +81,7 @@ class NeighborhoodAttention(nn.Module):
         """`[B, H, W, dim]` -> `[B, H, W, dim]`."""
         height, width = x.shape[1], x.shape[2]
         least_h, least_w = self.kernel_size[0] * self.dilation[0], self.kernel_size[1] * self.dilation[1]
-        padded = not (known(height >= least_h) and known(width >= least_w))
-        if padded:
-            x = F.pad(x, [0, 0, 0, larger(least_w - width, 0), 0, larger(least_h - height, 0)])
+        x = pad_to(x, least_h, least_w)
         qkv = self.qkv(x).unflatten(3, (3, self.num_heads, self.dim // self.num_heads))
         query, key, value = qkv.unbind(3)
         if torch.jit.is_scripting():
@@ -90,10 +90,30 @@ class NeighborhoodAttention(nn.Module):
             out = neighborhood_attention(
                 query, key, value, self.kernel_size, self.dilation, self.rpb, self.scale, self.backend
             )
-        if padded:
-            out = crop_to(out, height, width)
-        return self.proj_drop(self.proj(out.flatten(3)))
+        return self.proj_drop(self.proj(crop_to(out, height, width).flatten(3)))
 
     def extra_repr(self) -> str:
         """What the representation shows beside the submodules."""
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+def pad_to(x: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H, W, C]` with zeros at the bottom and right, at least of the given size."""
+    if torch.jit.is_scripting():
+        return F.pad(x, [0, 0, 0, max(width - x.shape[2], 0), 0, max(height - x.shape[1], 0)])
+    else:
+        if sizes_are_fixed(x) and x.shape[1] >= height and x.shape[2] >= width:
+            return x
+        below: Any = torch.sym_max(height, x.shape[1]) - x.shape[1]
+        beside: Any = torch.sym_max(width, x.shape[2]) - x.shape[2]
+        return F.pad(x, (0, 0, 0, beside, 0, below))
+
+
+def crop_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Undo `pad_to` on `[B, H, W, heads, head_dim]`."""
+    if torch.jit.is_scripting():
+        return x[:, :height, :width]
+    else:  # whether a slice is contiguous depends on its size, and a trace that asks fixes the answer
+        if sizes_are_fixed(x):
+            return x[:, :height, :width]
+        return F.pad(x, (0, 0, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))

@@ -42,7 +42,8 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, -x.shape[3] % 4, 0, -x.shape[2] % 4])
+        height, width = x.shape[2], x.shape[3]
+        x = F.pad(x, [0, (width + 3) // 4 * 4 - width, 0, (height + 3) // 4 * 4 - height])
         return self.norm(self.proj(x))
 
 
@@ -58,9 +59,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        x = F.pad(x, [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
         batch, height, width, dim = x.shape
-        x = x.reshape(batch, height // 2, 2, width // 2, 2, dim)
+        rows, columns = (height + 1) // 2, (width + 1) // 2
+        x = F.pad(x, [0, 0, 0, 2 * columns - width, 0, 2 * rows - height])
+        x = x.reshape(batch, rows, 2, columns, 2, dim)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # the lower neighbor before the right one, as in Swin
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 

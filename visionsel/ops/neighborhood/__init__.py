@@ -7,13 +7,15 @@ NATTEN.
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from visionsel.ops.checks import check_attention_maps, pair
 from visionsel.ops.neighborhood.natten import fused_kernels, installed, natten, why_not
 from visionsel.ops.neighborhood.reference import reference
 from visionsel.ops.neighborhood.tiled import tiled
+from visionsel.ops.neighborhood.traced import traced
 
-__all__ = ["neighborhood_attention", "usable_backends"]
+__all__ = ["neighborhood_attention", "sizes_are_fixed", "usable_backends"]
 
 _BACKENDS = {"natten": natten, "tiled": tiled, "reference": reference}
 
@@ -87,4 +89,13 @@ def neighborhood_attention(
         # natten has kernels of its own on CUDA only, and the compiler cannot see into them
         fused = q.is_cuda and not torch.compiler.is_compiling()
         backend = "natten" if fused and why_not(q, k, v, kernel, rel_pos_bias, scale) is None else "tiled"
+    if backend == "tiled" and not sizes_are_fixed(q):
+        return traced(q, k, v, kernel, step, rel_pos_bias, scale)
     return _BACKENDS[backend](q, k, v, kernel, step, rel_pos_bias, scale)
+
+
+def sizes_are_fixed(x: Tensor) -> bool:
+    """Whether height and width of `[B, H, W, ...]` are plain numbers, not symbols of a trace."""
+    return not torch.compiler.is_compiling() or (
+        has_static_value(x.shape[1]) and has_static_value(x.shape[2])
+    )

@@ -15,7 +15,6 @@ Everything here is in the TorchScript subset, since scripted layers call it.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visionsel.ops.plans import keep_plans
 
@@ -37,10 +36,10 @@ def tiled(
     kh, kw = kernel_size
     dh, dw = dilation
     nh, nw = (height + dh - 1) // dh, (width + dw - 1) // dw  # the longest grid
-    th, tw = tile_length(nh), tile_length(nw)
-    rows, columns = tile_count(nh, th), tile_count(nw, tw)
+    th, tw = nh if nh <= 14 else 7, nw if nw <= 14 else 7
+    rows, columns = (nh + th - 1) // th, (nw + tw - 1) // tw
     # grids of one size share their tables and can stand in the batch; otherwise they stand beside the tiles
-    alike = known(height % dh == 0) and known(width % dw == 0)
+    alike = height % dh == 0 and width % dw == 0
     gh, gw = (1, 1) if alike else dilation
 
     query = pad_to(query, rows * th * dh, columns * tw * dw)
@@ -61,7 +60,7 @@ def tiled(
         windows, relative_rows, relative_columns, kinds = kept_plan(
             height, width, kernel_size, dilation, (th, tw), (gh, gw), query.device
         )
-    one_tile = known(rows == 1) and known(columns == 1)  # it sees the whole grid
+    one_tile = rows == 1 and columns == 1  # it sees the whole grid
     key = gather_windows(key, windows, dilation, (nh, nw), alike, one_tile)
     key = key.view(samples, heads, tiles, -1, head_dim)
     value = gather_windows(value, windows, dilation, (nh, nw), alike, one_tile)
@@ -70,7 +69,7 @@ def tiled(
     bias: Tensor | None = None
     if rel_pos_bias is not None:
         bias = logit_table(rel_pos_bias.to(query.dtype), relative_rows, relative_columns, kinds)
-    elif not (known(nh == kh) and known(nw == kw) and alike):
+    elif not (nh == kh and nw == kw and alike):
         table = torch.zeros(1, 2 * kh - 1, 2 * kw - 1, dtype=query.dtype, device=query.device)
         bias = logit_table(table, relative_rows, relative_columns, kinds)
     out = attend(query, key, value, bias, scale)
@@ -82,42 +81,14 @@ def tiled(
         out = out.view(batch, heads, dh, dw, rows, columns, th, tw, value_dim)
         out = out.permute(0, 4, 6, 2, 5, 7, 3, 1, 8)
     out = out.reshape(batch, rows * th * dh, columns * tw * dw, heads, value_dim)
-    return crop_to(out, height, width)
-
-
-def known(condition: bool) -> bool:
-    """Whether the condition holds; while tracing, whether it holds for all sizes of the trace."""
-    if torch.jit.is_scripting():
-        return condition
-    else:
-        return statically_known_true(condition) if torch.compiler.is_compiling() else condition
-
-
-def tile_length(length: int) -> int:
-    """Queries of a tile along one axis."""
-    return length if known(length <= 14) else 7
-
-
-def tile_count(length: int, tile: int) -> int:
-    """Tiles along one axis; in a trace of many sizes at least two, since traces take a size of 1 for a constant."""
-    if known(length <= tile):
-        return 1
-    return larger((length + tile - 1) // tile, 2)
+    return out[:, :height, :width]
 
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     """`[B, H, W, heads, head_dim]` with zeros at the bottom and right."""
-    if known(x.shape[1] == height) and known(x.shape[2] == width):
+    if x.shape[1] == height and x.shape[2] == width:
         return x
     return F.pad(x, [0, 0, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1]])
-
-
-def crop_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Undo `pad_to`."""
-    if torch.jit.is_scripting():
-        return x[:, :height, :width]
-    else:  # whether a slice is contiguous depends on its size, and a trace that asks fixes the answer
-        return pad_to(x, height, width) if torch.compiler.is_compiling() else x[:, :height, :width]
 
 
 def gather_windows(
@@ -148,7 +119,7 @@ def logit_table(table: Tensor, rows: Tensor, columns: Tensor, kinds: Tensor) -> 
     table = table.transpose(1, 2).contiguous().index_select(1, rows.flatten())
     table = table.view(heads, kinds_h, th, keys_h, kinds_w, tw, keys_w).permute(0, 1, 4, 2, 5, 3, 6)
     table = table.reshape(heads, kinds_h * kinds_w, th * tw, keys_h * keys_w)
-    return table if known(kinds.shape[0] == 1) else table.index_select(1, kinds)
+    return table if kinds.shape[0] == 1 else table.index_select(1, kinds)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -206,8 +177,8 @@ def axis_tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
     longest = (length + dilation - 1) // dilation
-    tiles = tile_count(longest, tile)
-    keys = smaller(tile + kernel_size - 1, longest)
+    tiles = (longest + tile - 1) // tile
+    keys = min(tile + kernel_size - 1, longest)
     grid_length = (length + dilation - 1 - torch.arange(grids, device=device)[:, None, None]) // dilation
     first = torch.arange(tiles, device=device)[:, None] * tile
     # queries behind the map's end take the window of the last one: a row of -inf would give NaN
@@ -224,19 +195,3 @@ def axis_tables(
     elif not torch.compiler.is_compiling() and type(relative) is Tensor and not relative.is_meta:
         relative, kinds = torch.unique(relative, dim=0, return_inverse=True)
     return key, relative, kinds.view(grids, tiles)
-
-
-def larger(a: int, b: int) -> int:
-    """`max` that a trace keeps symbolic."""
-    if torch.jit.is_scripting():
-        return max(a, b)
-    else:
-        return torch.sym_max(a, b)  # type: ignore[return-value]
-
-
-def smaller(a: int, b: int) -> int:
-    """`min` that a trace keeps symbolic."""
-    if torch.jit.is_scripting():
-        return min(a, b)
-    else:
-        return torch.sym_min(a, b)  # type: ignore[return-value]
