@@ -44,7 +44,7 @@ def main() -> int:
     path = timm_tests()
     CACHE.mkdir(exist_ok=True)
     settings = CACHE / "pytest.ini"
-    markers = "base cfg torchscript features fxforward fxbackward timeout(seconds)".split()
+    markers = "base cfg cfg_nonstd forward backward torchscript features fxforward fxbackward".split()
     settings.write_text("[pytest]\nmarkers =\n" + "".join(f"    {marker}\n" for marker in markers))
     repository = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(settings), "-p", "tests.timm_suite.plugin"]
