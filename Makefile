@@ -20,7 +20,7 @@ quickstart: $(READY)  ## train three backbones on real scanned digits and draw w
 	$(BIN)/python -m train.quickstart --output quickstart
 
 test: $(READY) lint timm-suite  ## lint, timm's own test-suite on our models, then all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)  ## formatting, lint rules and types
 	$(BIN)/ruff format --check .
