@@ -116,7 +116,7 @@ def _train_and_test(name: str, output: Path, epochs: int | None) -> tuple[dict[s
     ClassificationCLI(["fit", *options])
     seconds = time.perf_counter() - start
     last = run / "checkpoints" / "last.ckpt"
-    test = ClassificationCLI(["test", *options, "--ckpt_path", str(last)])
+    test = ClassificationCLI(["test", *options, "--ckpt_path", str(last), "--verbose", "false"])
     logits, labels = _apply(test.model, test.datamodule)
     top1 = (logits.argmax(1) == labels).double().mean().item()
     reported = test.trainer.callback_metrics["test/top1"].item()
@@ -175,7 +175,7 @@ def _draw_confusion(results: list[Any], names: list[str], path: Path) -> None:
         counts = torch.zeros(len(names), len(names), dtype=torch.long)
         counts.index_put_((shown["labels"], predicted), torch.ones_like(predicted), accumulate=True)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        axis.imshow(share, cmap="cividis", vmin=0, vmax=1)
+        axis.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=1)
         for i in range(len(names)):
             for j in range(len(names)):
                 if counts[i, j]:
