@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionsel.data import digits
+from visionsel.data import folders
 from visionsel.data.digits import write_digits
 
 
@@ -107,13 +107,13 @@ def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch) -> None:
 
 
 def test_a_second_writer_that_is_late_keeps_the_folder_of_the_first(tmp_path, monkeypatch) -> None:
-    rename = digits.os.rename
+    rename = folders.os.rename
 
     def late(source, target):
-        monkeypatch.setattr(digits.os, "rename", rename)
+        monkeypatch.setattr(folders.os, "rename", rename)
         write_digits(tmp_path / "digits", image_size=8)
         rename(source, target)
 
-    monkeypatch.setattr(digits.os, "rename", late)
+    monkeypatch.setattr(folders.os, "rename", late)
     assert write_digits(tmp_path / "digits", image_size=8) == tmp_path / "digits"
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]

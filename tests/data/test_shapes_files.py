@@ -284,11 +284,11 @@ def test_a_finished_folder_is_reused_and_others_are_left_alone(tmp_path: Path) -
     stamp = (target / "shapes.json").stat().st_mtime_ns
     write_shapes(target, size=5, test_size=2)
     assert (target / "shapes.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match="holds a world written with"):
+    with pytest.raises(ValueError, match="was written with"):
         write_shapes(target, size=6, test_size=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
-    with pytest.raises(FileExistsError, match="was not written by write_shapes"):
+    with pytest.raises(FileExistsError, match="has no shapes"):
         write_shapes(tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     write_shapes(tmp_path / "empty", size=5, test_size=2)

@@ -6,20 +6,16 @@ they take the same path through a trainer as ImageNet. The split is by image: a 
 parts.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from visionsel.data.folders import write_once
+
 __all__ = ["CLASSES", "write_digits"]
 
 CLASSES = tuple("0123456789")
-_CARD = "digits.json"
 
 
 def write_digits(
@@ -53,14 +49,9 @@ def write_digits(
             f"got {val_ratio} and {test_ratio}"
         )
     card = {"image_size": image_size, "seed": seed, "val_ratio": val_ratio, "test_ratio": test_ratio}
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        _check_existing(root, card)
-        return root
 
-    scans, labels = _load_scans()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+    def write(folder: Path) -> None:
+        scans, labels = _load_scans()
         generator = np.random.default_rng(seed)
         for label, name in enumerate(CLASSES):
             order = generator.permutation(np.flatnonzero(labels == label))
@@ -71,38 +62,13 @@ def write_digits(
                 "train": order[tests + vals :],
             }
             for part, indices in parts.items():
-                folder = partial / part / name
-                folder.mkdir(parents=True)
+                (folder / part / name).mkdir(parents=True)
                 for index in indices:
                     pixels = np.round(scans[index] * (255 / 16)).astype(np.uint8)
                     image = Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BICUBIC)
-                    image.save(folder / f"{index:04d}.png")
-        (partial / _CARD).write_text(json.dumps(card, indent=2) + "\n")
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if root.exists():
-            root.rmdir()  # empty, as checked above
-        try:
-            os.rename(partial, root)
-        except OSError:  # another process was first
-            _check_existing(root, card)
-            shutil.rmtree(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return root
+                    image.save(folder / part / name / f"{index:04d}.png")
 
-
-def _check_existing(root: Path, card: dict[str, Any]) -> None:
-    try:
-        found = json.loads((root / _CARD).read_text())
-    except (OSError, ValueError):
-        raise FileExistsError(
-            f"{root} exists and was not written by write_digits; name another folder"
-        ) from None
-    if found != card:
-        raise ValueError(
-            f"{root} holds digits written with {found}, not {card}; delete it or name another folder"
-        )
+    return write_once(root, "digits.json", card, write)
 
 
 def _load_scans() -> tuple[np.ndarray, np.ndarray]:

@@ -5,11 +5,9 @@ From the authors' code, https://github.com/rayleizhu/BiFormer (MIT): `models/bif
 and `biformer_stl_nchw.py`.
 
 - The first three stages route between 7 x 7 windows, whatever the map's size; the last attends everywhere,
-with 8
-  heads at every width. Detection in the paper takes `num_windows=16`, segmentation 8.
+  with 8 heads at every width. Detection in the paper takes `num_windows=16`, segmentation 8.
 - Every variant pads maps that do not divide into windows; the authors' Swin-Tiny-Layout ("STL") models do not
-and
-  refuse such sizes.
+  and refuse such sizes.
 - The authors train small with `drop_path_rate=0.15`; 0.1 is their training script's default.
 - The authors' links to the weights are reported dead (their issue 53). A file that you have loads with
   `create_model("biformer_small", pretrained=True, pretrained_cfg_overlay=dict(file=PATH))`.
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 
 from visionsel.layers.bilevel_routing_attention import BilevelRoutingAttention
 from visionsel.layers.lepe_attention import AttentionLePE
-from visionsel.models.pyramid import Pyramid, Stage, unwrap_state_dict
+from visionsel.models.pyramid import Pyramid, Stage, check_state_dict, unwrap_state_dict
 
 __all__ = ["BiFormer"]
 
@@ -267,15 +265,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             key = pattern.sub(name, key)
         # the refactored code's 1 x 1 convolutions are our linear layers
         out[key] = value.flatten(1) if LINEAR.search(key) and value.ndim == 4 else value
-    wanted = model.state_dict()
-    missing = [k for k in wanted if k not in out and not k.startswith("head.")]
-    unexpected = [k for k in out if k not in wanted and not k.startswith("head.")]
-    if missing or unexpected:
-        # strict loading says this too, but timm does not load strictly with another number of classes
-        raise ValueError(
-            f"not a checkpoint of this variant: {len(missing)} entries are missing, as {missing[:3]}, "
-            f"and {len(unexpected)} unexpected, as {unexpected[:3]}"
-        )
+    check_state_dict(out, model)
     return out
 
 

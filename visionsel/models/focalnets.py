@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from visionsel.layers.focal_modulation import FocalModulation
-from visionsel.models.pyramid import Pyramid, Stage, unwrap_state_dict
+from visionsel.models.pyramid import Pyramid, Stage, check_state_dict, unwrap_state_dict
 
 __all__ = ["IsotropicFocalNet"]
 
@@ -217,10 +217,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename an authors' checkpoint to this model's keys; our own state dict passes unchanged."""
+    """The authors' state dict, bare or nested, or our own -> ours.
+
+    Raises:
+        ValueError: if the entries are not those of this variant.
+    """
     state = unwrap_state_dict(state_dict)
-    if "stem.proj.weight" in state:
-        return state
     renamed = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
@@ -231,9 +233,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             if name in ("gamma_1", "gamma_2"):
                 name = f"ls{name[-1]}.gamma"
             key = f"stages.{index}.blocks.0.{name}"
-        elif head == "head":
+        elif key in ("head.weight", "head.bias"):
             key = f"head.fc.{rest}"
         renamed[key] = value
+    check_state_dict(renamed, model)
     return renamed
 
 

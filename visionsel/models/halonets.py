@@ -26,7 +26,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from visionsel.layers.halo_attention import HaloAttention
-from visionsel.models.pyramid import Pyramid, Stage, unwrap_state_dict
+from visionsel.models.pyramid import Pyramid, Stage, check_state_dict, unwrap_state_dict
 
 __all__ = ["HaloNet"]
 
@@ -229,16 +229,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 parts[2:4] = ["blocks", parts[2], TIMM_NAMES.get(parts[3], parts[3])]
             renamed[".".join(parts)] = value
         state = renamed
-    wanted = model.state_dict()
-    missing = [k for k in wanted if k not in state and not k.startswith("head.")]
-    unexpected = [k for k in state if k not in wanted and not k.startswith("head.")]
-    if missing or unexpected:
-        # strict loading says this too, but timm does not load strictly with another number of classes
-        raise ValueError(
-            f"not a checkpoint of this variant: {len(missing)} entries are missing, as {missing[:3]}, "
-            f"and {len(unexpected)} unexpected, as {unexpected[:3]}; timm's halonet_h1 is halonet_h1_256 "
-            "with num_heads=(8, 8, 8, 8) and project_always=False"
-        )
+    hint = "; timm's halonet_h1 is halonet_h1_256 with num_heads=(8, 8, 8, 8) and project_always=False"
+    check_state_dict(state, model, hint)
     return state
 
 

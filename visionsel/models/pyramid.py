@@ -245,7 +245,7 @@ def unwrap_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module, hint: str = "") -> None:
     """Check that a filtered checkpoint has the entries of the model, the classifier aside.
 
     Strict loading says this too, but timm does not load strictly with another number of classes.
@@ -259,5 +259,5 @@ def check_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     if missing or unexpected:
         raise ValueError(
             f"not a checkpoint of this variant: {len(missing)} entries are missing, as {missing[:3]}, "
-            f"and {len(unexpected)} unexpected, as {unexpected[:3]}"
+            f"and {len(unexpected)} unexpected, as {unexpected[:3]}{hint}"
         )

@@ -26,7 +26,7 @@ from visionsel.layers import (
     HaloAttention,
     NeighborhoodAttention,
 )
-from visionsel.models.pyramid import Pyramid, Stage, unwrap_state_dict
+from visionsel.models.pyramid import Pyramid, Stage, check_state_dict, unwrap_state_dict
 
 __all__ = ["SelectFormer"]
 
@@ -247,8 +247,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Our own state dict, also when nested under `model`, `state_dict` or their EMA forms."""
-    return unwrap_state_dict(state_dict)
+    """Our own state dict, bare or nested.
+
+    Raises:
+        ValueError: if the entries are not those of this variant.
+    """
+    state = unwrap_state_dict(state_dict)
+    check_state_dict(state, model)
+    return state
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SelectFormer:

@@ -7,28 +7,24 @@ root/
   annotations/instances_<split>.json           COCO instances: boxes and polygons
   annotations/instances_rle_<split>.json       the same with compressed run lengths
   annotations/captions_<split>.json            COCO captions, two an image
-  refcoco/instances.json, refcoco/refs.json    RefCOCO's layout over all splits (refs as JSON, not as a
-  pickle) pope/<split>_{random,popular,adversarial}.json   POPE's question files, JSON lines
+  refcoco/instances.json, refcoco/refs.json    RefCOCO's layout over all splits; refs as JSON, no pickle
+  pope/<split>_{random,popular,adversarial}.json   POPE's question files, JSON lines
   questions/<split>.jsonl                      all questions: question_id, image, text, answer, kind
-  classification/{train,val,test}/<shape>/*.png    an image folder: one object an image, all shapes equally
-  often
+  classification/{train,val,test}/<shape>/*.png    an image folder: one object an image, shapes equally often
 ```
 
 Splits: `train`; `val`, fresh data of the same distribution; `balanced` and `anti`, fresh data of these. Only
-    captions of
-`train` can be noisy. COCO's annotations carry `attributes` (colour, size, faint) and images their
+captions of `train` can be noisy. COCO's annotations carry `attributes` (colour, size, faint) and images their
 `background`.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from visionsel.data.folders import write_once
 from visionsel.data.shapes.dice import Dice
 from visionsel.data.shapes.drawing import SHAPES
 from visionsel.data.shapes.language import split_words, with_article
@@ -111,41 +107,12 @@ def write_shapes(
             for split, world in worlds.items()
         },
     }
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        _check_existing(root, card)
-        return root
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        _write_splits(partial, worlds, progress)
-        _write_classification(partial / "classification", seeds, size, test_size, image_size)
-        _dump(card, partial / CARD, indent=2)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if root.exists():
-            root.rmdir()  # empty, as checked above
-        try:
-            os.rename(partial, root)
-        except OSError:  # another process was first
-            _check_existing(root, card)
-            shutil.rmtree(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return root
+    def write(folder: Path) -> None:
+        _write_splits(folder, worlds, progress)
+        _write_classification(folder / "classification", seeds, size, test_size, image_size)
 
-
-def _check_existing(root: Path, card: dict[str, Any]) -> None:
-    try:
-        found = json.loads((root / CARD).read_text())
-    except (OSError, ValueError):
-        raise FileExistsError(
-            f"{root} exists and was not written by write_shapes; name another folder"
-        ) from None
-    if found != card:
-        raise ValueError(
-            f"{root} holds a world written with {found}, not {card}; delete it or name another folder"
-        )
+    return write_once(root, CARD, card, write)
 
 
 def _dump(content: Any, path: Path, indent: int | None = None) -> None:
