@@ -113,9 +113,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make timm's halo attention and focal modulation inside a model run on visionsel's operators.
 
     Only the computation changes, in place: the model stays the same object with the same parameters,
-    state-dict keys, hooks, mode, device and dtype, and `isinstance` of timm's classes holds. Subclasses of the
-    two are left alone, since their forward may differ. Calling it again does nothing. Where a submodule has
-    become more than its weights (an adapter, pruning, a hook of its own), timm's code runs.
+    state-dict keys, hooks, mode, device and dtype, and `isinstance` of timm's classes holds. Subclasses of
+    the two are left alone, since their forward may differ. Calling it again does nothing. Where a submodule
+    has become more than its weights (an adapter, pruning, a hook of its own), timm's code runs.
 
     Args:
         model: any module tree, for example `timm.create_model("halonet50ts")`.
