@@ -19,7 +19,8 @@ $(READY): pyproject.toml
 quickstart: $(READY)  ## train three backbones on real scanned digits and draw what they learnt (a few minutes)
 	$(BIN)/python -m train.quickstart --output quickstart
 
-test: $(READY) lint timm-suite  ## lint, timm's own test-suite on our models, then all tests
+test: $(READY) lint  ## lint, timm's own tests on the smallest of each architecture, then all our tests
+	$(BIN)/python -m tests.timm_suite --smallest
 	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)  ## formatting, lint rules and types
@@ -27,7 +28,7 @@ lint: $(READY)  ## formatting, lint rules and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-timm-suite: $(READY)  ## timm's own model tests, at the installed version, on the names we register
+timm-suite: $(READY)  ## timm's own model tests, at the installed version, on every name (half an hour)
 	$(BIN)/python -m tests.timm_suite
 
 bench: $(READY)  ## paired timings of the operators and models

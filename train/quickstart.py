@@ -3,7 +3,7 @@
     python -m train.quickstart --output quickstart
 
 Each model is trained by its configuration in configs/digits, as `train.classification fit` would, for a fixed
-number of epochs. The weights at the end are tested on the held-out split, which nothing else has looked at.
+number of epochs. The weights at the end are tested on the held-out split, which training never sees.
 Written are `results.json`, `confusion.png`, `predictions.png` and the runs themselves.
 """
 

@@ -1,4 +1,7 @@
-"""Fetch timm's tests once and run them; arguments go to pytest."""
+"""Fetch timm's tests once and run them.
+
+`--smallest` takes one name for each architecture; other arguments go to pytest.
+"""
 
 import os
 import subprocess
@@ -10,6 +13,12 @@ from pathlib import Path
 import timm
 
 CACHE = Path(sys.prefix) / "timm-suite"
+
+# the smallest of each class, and those whose tags or options change what is built
+SMALLEST = """
+biformer_tiny biformer_stl nat_mini nat_small dinat_mini dinat_s_tiny halonet_h0_256 halonet_h3_320
+focalnet_tiny_iso_16 selectformer_nano
+""".split()
 
 
 def timm_tests() -> Path:
@@ -49,7 +58,13 @@ def main() -> int:
     repository = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(settings), "-p", "tests.timm_suite.plugin"]
     command += ["-p", "no:cacheprovider", "--numprocesses", "auto"]
-    return subprocess.run([*command, str(path), *sys.argv[1:]], cwd=repository, check=False).returncode
+    arguments = sys.argv[1:]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}  # one thread for each worker
+    if "--smallest" in arguments:
+        arguments.remove("--smallest")
+        environment["TIMM_SUITE_NAMES"] = " ".join(SMALLEST)
+    command += [str(path), *arguments]
+    return subprocess.run(command, cwd=repository, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

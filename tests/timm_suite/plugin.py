@@ -1,6 +1,7 @@
 """pytest plug-in: while timm's test module is collected, `timm.list_models` knows our models only."""
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ _timm_names = set(_list_models())
 import visionsel  # noqa: E402, F401  (registers the models; timm's own names had to be listed before)
 
 OUR_NAMES = set(_list_models()) - _timm_names
+if chosen := os.environ.get("TIMM_SUITE_NAMES"):
+    OUR_NAMES &= set(chosen.split())
 
 
 @functools.wraps(_list_models)
