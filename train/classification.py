@@ -171,7 +171,15 @@ class ImageClassifier(LightningModule):
             images, target = self.mix(images, target)
             smoothing = 0.0
         loss = cross_entropy(self(images).float(), target, label_smoothing=smoothing)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        self.log(
+            "train/loss",
+            loss,
+            on_step=True,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(images),
+            sync_dist=True,
+        )
         rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
         self.log("lr", max(rates), on_step=True, on_epoch=False)
         return loss
