@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import timm
 
 _list_models = timm.list_models
@@ -27,3 +28,10 @@ def _list_our_models(filter: str | Sequence[str] = "", module: Any = "", **kwarg
 
 timm.list_models = _list_our_models
 timm.list_pretrained = lambda *args, **kwargs: []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the one test that names a model of timm's."""
+    foreign = [item for item in items if "torchscript_with_features_fx" in item.name]
+    config.hook.pytest_deselected(items=foreign)
+    items[:] = [item for item in items if item not in foreign]
