@@ -8,16 +8,20 @@ import yaml
 
 from train.classification import ClassificationCLI
 from train.image_data import ImageFolderData
+from train.shapes_classifier import ShapesClassifier, ShapesClassifierCLI, SingleShapesData
 from visionsel.models import registered_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted([*CONFIGS.glob("digits/*.yaml"), *CONFIGS.glob("imagenet/*.yaml")])
+CLASSIFIERS = [CONFIGS / "shapes" / f"{name}.yaml" for name in ("biformer", "nat", "selectformer")]
 
 
-def printed(path: Path, capsys: pytest.CaptureFixture[str]) -> dict:
+def printed(
+    path: Path, capsys: pytest.CaptureFixture[str], program: type[ClassificationCLI] = ClassificationCLI
+) -> dict:
     """What the command line makes of a configuration."""
     with pytest.raises(SystemExit) as stop:
-        ClassificationCLI(["fit", "--config", str(path), "--print_config"])
+        program(["fit", "--config", str(path), "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
@@ -58,3 +62,18 @@ def test_a_shipped_configuration_names_no_class_of_ours_and_says_what_it_is(path
     if path.parent.name == "imagenet":
         assert "not run" in header.lower()
         assert f"train.classification fit --config configs/imagenet/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", CLASSIFIERS, ids=lambda path: path.stem)
+def test_a_classifier_of_shapes_is_small_and_its_configuration_builds_it(path, capsys) -> None:
+    config = printed(path, capsys, ShapesClassifierCLI)
+    assert config["output"] == f"runs/shapes/{path.stem}"
+    data = SingleShapesData(**config["data"])
+    model = ShapesClassifier(
+        class_names=data.class_names, preprocessing=data.preprocessing, **config["model"]
+    )
+    assert 0.3e6 < sum(parameter.numel() for parameter in model.parameters()) < 1e6
+    text = path.read_text()
+    assert "class_path" not in text
+    assert f"train.shapes_classifier fit --config configs/shapes/{path.name}" in text
+    assert "--model.dense_weight 0" in text
