@@ -242,6 +242,7 @@ default_cfgs = generate_default_cfgs(
         "selectformer_nano": _cfg(),
         "selectformer_micro": _cfg(),
         "selectformer_tiny": _cfg(),
+        "selectformer_pico": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
     }
 )
 
@@ -287,3 +288,17 @@ def selectformer_tiny(pretrained: bool = False, **kwargs: Any) -> SelectFormer:
     """SelectFormer-tiny, near BiFormer-S and NAT-T: 22.9 M parameters, 4.1 G multiply-adds at 224."""
     model_args = {"embed_dims": (64, 128, 256, 512), "depths": (3, 4, 18, 3), **kwargs}
     return _create("selectformer_tiny", pretrained, **model_args)
+
+
+@register_model
+def selectformer_pico(pretrained: bool = False, **kwargs: Any) -> SelectFormer:
+    """SelectFormer-pico, for images of 64 pixels: the image tower of the small CLIP that visionsel ships."""
+    model_args = {
+        "embed_dims": (32, 64, 128, 128),
+        "depths": (1, 2, 2, 1),
+        # maps of 16, 8, 4 and 2 pixels: only the second is about the size of a neighborhood
+        "mixers": ("focal", "neighborhood", "focal", "focal"),
+        "dilations": (1, 1, 1, 1),
+        **kwargs,
+    }
+    return _create("selectformer_pico", pretrained, **model_args)
