@@ -1,10 +1,12 @@
-"""Train three small backbones on real scanned digits and show what they learnt.
+"""Train three small backbones on real scanned digits, show what they learnt and what the embedded models see.
 
     python -m train.quickstart --output quickstart
 
 Each model is trained by its configuration in configs/digits, as `train.classification fit` would, for a fixed
 number of epochs. The weights at the end are tested on the held-out split, which training never sees.
-Written are `results.json`, `confusion.png`, `predictions.png` and the runs themselves.
+Then the vision-language model and the SAM that ship with visionsel describe and segment a dozen fresh scenes
+(`train.quickstart_shapes`). Written are `results.json`, `confusion.png`, `predictions.png`, `shapes.html` and
+the runs themselves.
 """
 
 import argparse
@@ -24,11 +26,12 @@ from torch import Tensor
 from train.classification import ClassificationCLI, ImageClassifier
 from train.cli import run_cli
 from train.image_data import ImageFolderData
+from train.quickstart_shapes import PAGE, load_models, write_page
 from visionsel.data.imagefolder import open_image
 
 MODELS = ("biformer", "nat", "selectformer")
 GOAL = 0.97
-FILES = ("results.json", "confusion.png", "predictions.png")
+FILES = ("results.json", "confusion.png", "predictions.png", PAGE)
 CONFIGS = Path(__file__).parent.parent / "configs" / "digits"
 
 
@@ -41,6 +44,8 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
     """Train, test, print, draw.
 
     Raises:
+        ImportError: without the extra "multimodal", before anything is trained.
+        FileNotFoundError: when the embedded models are not there, before anything is trained.
         ValueError: naming the models whose test accuracy is not above 97 %.
     """
     parser = argparse.ArgumentParser(
@@ -56,6 +61,7 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     output: Path = options.output
     _clear(output)
+    embedded = load_models()  # what is missing is told now, not after the training
     for name in ("lightning.pytorch", "lightning.fabric"):  # keep the progress bars, drop the hints
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
@@ -68,6 +74,8 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
     data = results[0][1]["data"]
     _draw_confusion(results, data.class_names, output / "confusion.png")
     _draw_predictions(results, data, output / "predictions.png")
+    print("\ncaptions, boxes and masks of the embedded models on fresh scenes", flush=True)
+    page = write_page(output, *embedded)
 
     rows = [row for row, _ in results]
     print(f"\n{rows[0]['test_images']} held-out digits, {torch.get_num_threads()} threads\n")
@@ -78,6 +86,7 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
             f"{row['images_per_second']:>10.0f}{row['training_seconds']:>12.0f}"
         )
     print(f"\nwritten: {', '.join(str(output / name) for name in FILES)}")
+    print(f"open {page} in a browser to see what the embedded models say and where they look")
     short = [f"{row['name']} {row['test_top1']:.2%}" for row in rows if row["test_top1"] <= GOAL]
     if short:
         raise ValueError(f"test accuracy not above {GOAL:.0%}: {', '.join(short)}")
@@ -89,9 +98,8 @@ def _configs() -> list[str]:
 
 def _clear(output: Path) -> None:
     """Make way for a new quickstart; touch no folder that is not one."""
-    if output.exists() and (
-        not output.is_dir() or (any(output.iterdir()) and not (output / "digits").is_dir())
-    ):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if output.exists() and (not output.is_dir() or not (names <= {PAGE} or (output / "digits").is_dir())):
         raise FileExistsError(f"{output} exists and was not written by the quickstart; name another --output")
     shutil.rmtree(output / "runs", ignore_errors=True)
     for name in FILES:
