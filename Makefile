@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart test lint timm-suite bench clean
+.PHONY: help quickstart test lint timm-suite embedded bench clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -13,10 +13,10 @@ help:  ## list the verbs
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable ".[train,dev]"
+	$(BIN)/python -m pip install --editable ".[multimodal,train,dev]"
 	@touch $@
 
-quickstart: $(READY)  ## train three backbones on real scanned digits and draw what they learnt (a few minutes)
+quickstart: $(READY)  ## train three backbones on real digits, caption and segment scenes, draw it all (a few minutes)
 	$(BIN)/python -m train.quickstart --output quickstart
 
 test: $(READY) lint  ## lint, timm's own tests on the smallest of each architecture, then all our tests
@@ -30,6 +30,9 @@ lint: $(READY)  ## formatting, lint rules and types
 
 timm-suite: $(READY)  ## timm's own model tests, at the installed version, on every name (half an hour)
 	$(BIN)/python -m tests.timm_suite
+
+embedded: $(READY)  ## train the shipped small models again from seed and compare (an hour on two cores)
+	$(BIN)/python -m train.embedded --output runs/embedded
 
 bench: $(READY)  ## paired timings of the operators and models
 	$(BIN)/python -m benchmarks.ops

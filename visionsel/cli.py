@@ -1,8 +1,8 @@
 """The `visionsel` command.
 
 `visionsel models` lists the backbones, `visionsel predict` classifies images, `visionsel data` writes data
-sets. Results go to stdout as text or, with `--json`, as JSON; messages go to stderr. Exit status: 0 done, 1
-the input was not usable, 2 wrong arguments.
+sets, `visionsel evaluate` measures models. Results go to stdout as text or, with `--json`, as JSON; messages
+go to stderr. Exit status: 0 done, 1 the input was not usable or a goal was missed, 2 wrong arguments.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from visionsel import __version__
 EPILOG = {
     "models": "example: visionsel models 'dinat_*'",
     "shapes": "example: visionsel data shapes --out shapes --size 2000 --image-size 64",
+    "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
     "predict": "example: visionsel predict cat.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
 }
 
@@ -99,6 +100,23 @@ def _parser() -> argparse.ArgumentParser:
         help="with this probability training captions mention a usual companion that is absent (default: 0)",
     )
     shapes.set_defaults(run=_data_shapes)
+
+    evaluate = verbs.add_parser("evaluate", help="measure models").add_subparsers(
+        dest="evaluation", required=True, metavar="NAME"
+    )
+    embedded = evaluate.add_parser(
+        "embedded",
+        parents=[common],
+        help="the models that ship with visionsel, on fresh scenes of the shapes world",
+        epilog=EPILOG["embedded"],
+    )
+    embedded.add_argument("--folder", type=Path, help="weights to measure (default: those of the package)")
+    embedded.add_argument("--models", nargs="+", metavar="MODEL", help="which (default: all)")
+    embedded.add_argument(
+        "--size", type=int, default=400, help="scenes of each distribution (default: 400, some minutes)"
+    )
+    embedded.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    embedded.set_defaults(run=_evaluate_embedded)
     return parser
 
 
@@ -194,6 +212,31 @@ def _data_shapes(options: argparse.Namespace) -> None:
             for name, split in card["splits"].items()
         ],
     )
+
+
+def _evaluate_embedded(options: argparse.Namespace) -> None:
+    from visionsel.embedded.evaluation import MODELS, check_goals, evaluate_embedded
+    from visionsel.embedded.files import WEIGHTS
+
+    results = evaluate_embedded(
+        options.folder or WEIGHTS,
+        options.models or MODELS,
+        options.size,
+        options.seed,
+        progress=lambda name: print(f"measuring {name}", file=sys.stderr, flush=True),
+    )
+    checks = check_goals(results)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        rows = [
+            [goal.measure, str(goal), f"{value:.3f}", "yes" if reached else "no"]
+            for goal, value, reached in checks
+        ]
+        _print_table(["measure", "goal", "measured", "reached"], rows)
+        print("\nall measures: --json")
+    if missed := [goal.measure for goal, _, reached in checks if not reached]:
+        raise ValueError(f"goals missed: {', '.join(missed)}")
 
 
 def _show_progress(done: int, total: int) -> None:
