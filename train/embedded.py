@@ -102,15 +102,17 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         folder = options.output / f"seed{seed}"
         print(f"seed {seed}: measuring", flush=True)
         results[seed] = evaluate_embedded(folder / "weights", options.models, options.size)
-        results[seed]["times"] = {
-            model: json.loads((folder / model / "time.json").read_text()) for model in options.models
-        }
-        _dump(results[seed], folder / "metrics.json")
+        times = {model: _read(folder / model / "time.json") for model in options.models}
+        known = _read(folder / "metrics.json")
+        _dump(known | results[seed] | {"times": known.get("times", {}) | times}, folder / "metrics.json")
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{len(options.seeds)} seed(s) in {minutes:.0f} minutes\n")
     print_comparison(results, _shipped())
     if options.ship:
-        ship(options.output / f"seed{options.seeds[0]}" / "weights", results, options.size)
+        first = options.seeds[0]
+        numbers = {int(p.parent.name[4:]): _read(p) for p in options.output.glob("seed*/metrics.json")}
+        order = sorted(numbers, key=lambda seed: (seed != first, seed))
+        ship(options.output / f"seed{first}" / "weights", {n: numbers[n] for n in order}, options.size)
     missed = [
         f"seed {seed}: {goal.measure} {value:.3f}, not {goal}"
         for seed, result in results.items()
@@ -141,8 +143,7 @@ def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) ->
         last, spent = run / "checkpoints" / "last.ckpt", {"seconds": 0.0, "cpu_seconds": 0.0}
         if last.is_file():
             command += ["--ckpt_path", str(last)]
-            if (run / "time.json").is_file():
-                spent = json.loads((run / "time.json").read_text())
+            spent |= _read(run / "time.json")
         else:
             shutil.rmtree(run, ignore_errors=True)
         print(f"seed {seed}: {job.model} {'goes on' if last.is_file() else 'starts'}", flush=True)
@@ -170,7 +171,7 @@ def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) ->
     partial.rename(target)
 
 
-def print_comparison(results: dict[int, dict[str, Any]], shipped: dict[str, Any] | None) -> None:
+def print_comparison(results: dict[int, dict[str, Any]], shipped: dict[str, Any]) -> None:
     """A line for each goal: what must be reached, what the shipped models have, and each seed."""
     seeds = list(results)
     print(f"{'measure':44s}{'goal':>12s}{'shipped':>10s}" + "".join(f"{f'seed {s}':>10s}" for s in seeds))
@@ -178,7 +179,7 @@ def print_comparison(results: dict[int, dict[str, Any]], shipped: dict[str, Any]
         values = [lookup(results[seed], goal.measure) for seed in seeds]
         if all(value is None for value in values):
             continue
-        cells = [_cell(goal, value) for value in (lookup(shipped or {}, goal.measure), *values)]
+        cells = [_cell(goal, value) for value in (lookup(shipped, goal.measure), *values)]
         print(f"{goal.measure:44s}{goal!s:>12s}{''.join(cells)}")
 
 
@@ -202,12 +203,14 @@ def ship(weights: Path, results: dict[int, dict[str, Any]], size: int) -> None:
     print(f"shipped to {WEIGHTS}")
 
 
-def _shipped() -> dict[str, Any] | None:
-    """Measures of the shipped models: those of the first seed."""
-    path = WEIGHTS / "metrics.json"
-    if not path.is_file():
-        return None
-    return next(iter(json.loads(path.read_text())["seeds"].values()))
+def _shipped() -> dict[str, Any]:
+    """Measures of the shipped models, those of the first seed; empty where none are shipped."""
+    return next(iter(_read(WEIGHTS / "metrics.json").get("seeds", {}).values()), {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of JSON; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _dump(content: Any, path: Path) -> None:

@@ -63,6 +63,8 @@ def test_answers_are_counted_by_kind() -> None:
 class Pointer:
     """Stands for a model: its attention at each position peaks at the patches that a function names."""
 
+    device = "cpu"
+
     def __init__(self, processor, peaks) -> None:
         self.config = SimpleNamespace(_attn_implementation="sdpa", image_token_id=processor.image_token_id)
         self.peaks = peaks  # of the sample's number and the position: one patch a layer

@@ -256,11 +256,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, write_conf
     whole = list(losses)
     assert len(whole) == 6
     checkpoints = {int(p.stem.split("=")[1]): p for p in (tmp_path / "all").glob("*.ckpt")}
-    for done in (2, 3, 4):
+    for done in (4, 3, 2):  # no resumed run has written a checkpoint that a later one starts from
         losses.clear()
         arguments = ["--output", str(tmp_path / f"again{done}"), "--ckpt_path", str(checkpoints[done])]
-        other = write_config()  # without the callback
-        assert main(["fit", "--config", str(other), *arguments]) == 0
+        assert main(["fit", "--config", str(config), *arguments]) == 0
         assert losses == pytest.approx(whole[done:], abs=1e-6)
 
 
