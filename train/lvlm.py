@@ -17,7 +17,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -210,17 +211,19 @@ class LVLM(LightningModule):
         self._shape_logits = shape.detach()
         return loss
 
-    def forward(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        """Logits `[M, V]` at the M positions that predict a label."""
+    def forward(self, batch: dict[str, Tensor], tokens: Tensor, blind: float = 0.0) -> Tensor:
+        """Logits `[M, V]` at the M positions that predict a label; for `blind` see `Stage`."""
         image = self.net.model.multi_modal_projector(tokens)
         words = self.net.get_input_embeddings()(batch["tokens"])
         inputs = torch.cat([words[:, :1], image.to(words.dtype), words[:, 1 + image.shape[1] :]], dim=1)
-        hidden = self.net.model.language_model(
-            inputs_embeds=inputs,
-            attention_mask=turn_mask(batch["turns"], inputs.dtype),
-            position_ids=batch["positions"],
-            use_cache=False,
-        ).last_hidden_state
+        language, mask = self.net.model.language_model, turn_mask(batch["turns"], inputs.dtype)
+        with _first_mask(language, blind_mask(mask, image.shape[1], blind)) if blind else nullcontext():
+            hidden = language(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                position_ids=batch["positions"],
+                use_cache=False,
+            ).last_hidden_state
         return self.net.lm_head(hidden[:, :-1][batch["labels"][:, 1:] >= 0])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -233,7 +236,8 @@ class LVLM(LightningModule):
         loss = self.auxiliary_loss(batch, tokens, pooled)
         self.log("train/auxiliary", loss, batch_size=size)
         if "tokens" in batch:
-            losses = cross_entropy(self(batch, tokens).float(), _labels(batch), reduction="none")
+            logits = self(batch, tokens, self.stage.blind).float()
+            losses = cross_entropy(logits, _labels(batch), reduction="none")
             asked = batch["kinds"][:, 1:][batch["labels"][:, 1:] >= 0] >= 0
             caption, question = losses[~asked].mean(), losses[asked].mean()
             self.log_dict(
@@ -338,6 +342,28 @@ def turn_mask(turns: Tensor, dtype: torch.dtype) -> Tensor:
     causal = torch.ones(count, count, dtype=torch.bool, device=turns.device).tril()
     seen = (same | (turns[:, None, :] == 0)) & causal
     return torch.zeros(seen.shape, dtype=dtype, device=turns.device).masked_fill(~seen, -1e9)[:, None]
+
+
+def blind_mask(mask: Tensor, image_tokens: int, share: float) -> Tensor:
+    """The additive mask `[B, 1, N, N]` without the image for the words of a random share of the samples."""
+    blind = torch.rand(len(mask)) < share  # drawn on the CPU: the same for every device
+    mask, end = mask.clone(), 1 + image_tokens
+    mask[blind.to(mask.device), :, end:, 1:end] = -1e9
+    return mask
+
+
+@contextmanager
+def _first_mask(language: Any, mask: Tensor) -> Iterator[None]:
+    """Give the first layer another mask."""
+
+    def exchange(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"attention_mask": mask}
+
+    handle = language.layers[0].register_forward_pre_hook(exchange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

@@ -44,6 +44,9 @@ class Stage:
         text: train on captions and questions; without, only the tower and its auxiliary heads.
         caption_noise, co_occurrence: of the training scenes, see `ShapesWorld`.
         train_share: share of the "train" distribution in the scenes.
+        blind: share of the samples whose words do not see the image in the first layer of the Llama. That
+            layer knows a word but not what came before it: it looks for "red", and finds the wrong one of two
+            red objects. Blind, the model learns to look where it knows which one is meant.
         questions: number of questions an image.
         kinds: how often each kind of question is drawn; kinds that are left out have weight 1.
     """
@@ -56,12 +59,15 @@ class Stage:
     caption_noise: float = 0.0
     co_occurrence: float = 0.8
     train_share: float = 0.5
+    blind: float = 0.0
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"a stage has at least one epoch, got {self.epochs}")
+        if not 0 <= self.blind <= 1:
+            raise ValueError(f"blind is a share from 0 to 1, got {self.blind}")
         if unknown := set(self.kinds) - set(KINDS):
             raise ValueError(f"unknown kinds of questions {sorted(unknown)}; there are {', '.join(KINDS)}")
 

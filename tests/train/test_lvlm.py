@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from train.lvlm import LVLM, LVLMCLI, main, turn_mask
+from train.lvlm import LVLM, LVLMCLI, blind_mask, main, turn_mask
 from train.lvlm_data import KINDS, LVLMData, Stage, dense_targets
 from train.shapes_data import training_seed
 from visionsel.data.shapes import COLORS, SHAPES, ShapesWorld, split_words
@@ -109,6 +109,31 @@ def test_the_mask_shows_the_prefix_and_the_own_turn() -> None:
         [1, 1, 0, 0, 0, 1],
     ]
     assert torch.equal(seen, torch.tensor(expected, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("layers", "share", "sees"), [(1, 1.0, False), (1, 0.0, True), (2, 1.0, True)])
+def test_the_blind_see_the_image_in_later_layers_only(layers, share, sees) -> None:
+    source = data(dialogue=0.0)
+    model = LVLM(source.words, STAGES, architecture=SMALL | {"layers": layers}).eval()
+    batch = source.collate([item(source, index) for index in range(2)])
+    with torch.no_grad():
+        tokens, _ = model.see(batch["pixels"])
+        logits = [model(batch, seen, blind=share) for seen in (tokens, tokens + 1)]
+        plain = model(batch, tokens)
+    assert torch.equal(*logits) != sees
+    assert torch.equal(plain, logits[0]) == (share == 0)
+    assert not model.net.model.language_model.layers[0]._forward_pre_hooks
+
+
+def test_the_blind_are_a_share_of_the_samples() -> None:
+    mask = turn_mask(torch.tensor([[0] * 5 + [1] * 3]).expand(400, -1), torch.float32)
+    blind = blind_mask(mask, 4, 0.3)
+    changed = (blind != mask).flatten(1).any(1)
+    assert 0.2 < changed.float().mean() < 0.4
+    (example,) = blind[changed][:1, 0]
+    expected = mask[0, 0].clone()
+    expected[5:, 1:5] = -1e9
+    assert torch.equal(example, expected)
 
 
 def test_dense_targets_are_what_the_masks_say() -> None:
@@ -292,7 +317,7 @@ def test_the_shipped_configurations_build_and_their_stages_fill_the_run(name, ca
     )
     assert sum(p.numel() for p in model.net.parameters()) < 2.5e6
     noisy = [stage for stage in source.stages if stage.caption_noise]
-    assert noisy == source.stages[-1:]
+    assert noisy == source.stages[-2:]  # the first ones learn from the truth
 
 
 @pytest.mark.parametrize(
@@ -301,6 +326,7 @@ def test_the_shipped_configurations_build_and_their_stages_fill_the_run(name, ca
         ({"data": {"stages": []}}, "give at least one stage"),
         ({"data": {"stages": [{"epochs": 0}]}}, "a stage has at least one epoch"),
         ({"data": {"stages": [{"epochs": 1, "kinds": {"exists": 1}}]}}, "unknown kinds of questions"),
+        ({"data": {"stages": [{"epochs": 1, "blind": 2.0}]}}, "blind is a share from 0 to 1"),
         ({"data": {"image_size": 60}}, "image_size 60 is not a multiple of patch_size 8"),
         (
             {"model": {"architecture": {"backbone": "selectformer_nano", "backbone_stage": 0}}},
