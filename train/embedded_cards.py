@@ -25,15 +25,14 @@ TRAINING = """\
 
 From random weights on the shapes world (`visionsel.data.shapes`): 64-pixel scenes made from a seed, each seen
 once. `configs/shapes/{config}.yaml` is the recipe; `make embedded` repeats it. This model has seed {seed}; it
-took {cpu:.0f} minutes of CPU time on one thread. The scenes of
-training have seeds from 2^30 - 2^20 on; those measured below have seed 0.
+took {cpu:.0f} minutes of CPU time on one thread. The scenes of training have seeds from 2^30 - 2^20 on; those
+measured below have seed 0.
 """
 QUALITY = """\
 ## Quality
 
-On {count} scenes of each kind: the model shipped, and mean and range over seeds {seeds} of the same recipe.
-These numbers validate methods and code; they do not predict what a method gives on a model of seven billion
-parameters and photographs.
+On {count} scenes of each kind{spread}. These numbers validate methods and code; they do not predict what a
+method gives on a model of seven billion parameters and photographs.
 
 {table}
 """
@@ -57,9 +56,11 @@ def write_cards(folder: Path, results: dict[int, dict[str, Any]], size: int) -> 
             seed=shipped,
             cpu=time["cpu_seconds"] / 60,
         )
+        seeds = [str(seed) for seed, result in results.items() if model in result]
+        spread = f": the model shipped, then mean and range over the seeds {', '.join(seeds)}"
         quality = QUALITY.format(
             count=5 * size if kind == "classifier" else size,
-            seeds=", ".join(str(seed) for seed, result in results.items() if model in result),
+            spread=spread if len(seeds) > 1 else ", one seed",
             table=_table(model, results),
         )
         text = (TEXTS / f"{kind}.md").read_text()
@@ -73,21 +74,20 @@ def write_cards(folder: Path, results: dict[int, dict[str, Any]], size: int) -> 
 
 
 def _table(model: str, results: dict[int, dict[str, Any]]) -> str:
-    """A row for each number: shipped, mean and range over the seeds, and the goal if it has one."""
+    """A row for each number: shipped, the goal if it has one, and with several seeds mean and range."""
     goals = {goal.measure: goal for goal in GOALS}
-    shipped = results[next(iter(results))][model]
-    rows = ["| scenes | measure | shipped | mean | range | goal |", "|---|---|---|---|---|---|"]
+    found = [result for result in results.values() if model in result]
+    head = ["scenes", "measure", "shipped", "goal", *(["mean", "range"] if len(found) > 1 else [])]
+    rows = [head, ["---"] * len(head)]
     for split in SPLITS:
-        for name in _numbers(shipped.get(split, {})):
+        for name in _numbers(found[0][model].get(split, {})):
             key = f"{model}.{split}.{name}"
-            values = [value for result in results.values() if (value := lookup(result, key)) is not None]
-            scenes = f"{split}: {SPLITS[split]}"
-            spread = f"{min(values):.3f} - {max(values):.3f}"
-            rows.append(
-                f"| {scenes} | {name} | {values[0]:.3f} | {sum(values) / len(values):.3f} | {spread} "
-                f"| {goals.get(key, '')} |"
-            )
-    return "\n".join(rows)
+            values = [value for result in found if (value := lookup(result, key)) is not None]
+            row = [f"{split}: {SPLITS[split]}", name, f"{values[0]:.3f}", str(goals.get(key, ""))]
+            if len(found) > 1:
+                row += [f"{sum(values) / len(values):.3f}", f"{min(values):.3f} - {max(values):.3f}"]
+            rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _numbers(measures: dict[str, Any], prefix: str = "") -> Sequence[str]:

@@ -61,7 +61,7 @@ def test_all_of_them_are_small_and_load_into_little_memory() -> None:
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 15e6
     assert {path.name for path in WEIGHTS.iterdir() if path.is_dir()} == set(MODELS)
-    assert measure_loading()["megabytes"] < 500
+    assert 5 < measure_loading()["megabytes"] < 500
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -98,7 +98,7 @@ def evaluate_embedded(
 
     Returns:
         `{model: {distribution: measures}}`, with `lvlm.caption_seconds` and, where all models are asked for,
-        `loading`: seconds and megabytes that loading them adds to a process that has imported torch.
+        `loading`, see `measure_loading`.
 
     Raises:
         ValueError: for an unknown model, or a size or seed out of range.
@@ -149,24 +149,28 @@ def _measure_lvlm(folder: Path, scenes: dict[str, list[Sample]]) -> dict[str, An
 
 
 _LOADING = """
-import json, resource, sys, time
-import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import json, sys, time
 start = time.perf_counter()
 from pathlib import Path
+import open_clip, psutil, segment_anything, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from visionsel.embedded import load_classifier, load_clip, load_lvlm, load_segmenter
+imported, before = time.perf_counter(), psutil.Process().memory_info().rss
 folder = Path(sys.argv[1])
 models = [load_lvlm(folder / "lvlm"), load_segmenter(folder / "segmenter"), load_clip(folder / "clip")]
 models += [load_classifier(name, folder / f"classifier_{name}") for name in sys.argv[2:]]
-seconds = time.perf_counter() - start
-unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "megabytes": (after - before) / unit}))
+seconds, after = time.perf_counter() - imported, psutil.Process().memory_info().rss
+megabytes = (after - before) / 2**20
+print(json.dumps({"seconds": seconds, "megabytes": megabytes, "import_seconds": imported - start}))
 """
 
 
 def measure_loading(folder: str | Path = WEIGHTS) -> dict[str, float]:
-    """Seconds and megabytes that loading all models adds to a fresh process that has imported torch."""
+    """Seconds and megabytes that loading all models adds to a fresh process with the libraries imported.
+
+    Returns:
+        `seconds`, `megabytes`, and `import_seconds`, what the imports took before.
+    """
     done = subprocess.run(
         [sys.executable, "-c", _LOADING, str(folder), *CLASSIFIERS], capture_output=True, text=True
     )
