@@ -360,9 +360,10 @@ class ClipCLI(RunCLI):
         return {verb: verbs[verb] for verb in ("fit", "validate")}
 
     def after_fit(self) -> None:
-        """Write the model, of averaged weights where there is an average, for `load_clip`."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            export_clip(self.output / "checkpoints" / "last.ckpt", self.output / "export")
+        """Write the last checkpoint as `load_clip` reads it, where the run has our checkpoints."""
+        last = self.output / "checkpoints" / "last.ckpt"
+        if self.trainer.is_global_zero and last.is_file():
+            export_clip(last, self.output / "export")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What model and data share."""

@@ -298,9 +298,10 @@ class ShapesClassifierCLI(ClassificationCLI):
         return {verb: verbs[verb] for verb in ("fit", "validate")}
 
     def after_fit(self) -> None:
-        """Write the classifier, of averaged weights where there is an average, for `load_classifier`."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            export_classifier(self.output / "checkpoints" / "last.ckpt", self.output / "export")
+        """Write the last checkpoint as `load_classifier` reads it, where the run has our checkpoints."""
+        last = self.output / "checkpoints" / "last.ckpt"
+        if self.trainer.is_global_zero and last.is_file():
+            export_classifier(last, self.output / "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ SHORT += ["--data.val_size", "20", "--model.warmup_epochs", "1"]
 def test_there_is_a_job_for_every_model_and_its_configuration() -> None:
     assert {job.model for job in JOBS} == set(MODELS)
     for job in JOBS:
-        assert (Path("configs") / "shapes" / f"{job.config}.yaml").is_file()
-        assert f"{job.program} fit" in (Path("configs") / "shapes" / f"{job.config}.yaml").read_text()
+        config = Path(embedded.__file__).parents[1] / "configs" / "shapes" / f"{job.config}.yaml"
+        assert f"{job.program} fit --config configs/shapes/{config.name}" in config.read_text()
 
 
 @pytest.mark.slow
