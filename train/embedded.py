@@ -70,7 +70,6 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--size", type=int, default=400, help="scenes of each distribution to measure on [400]"
     )
-    parser.add_argument("--options", nargs="*", default=[], help="further options of every program")
     parser.add_argument(
         "--ship",
         action="store_true",
@@ -90,7 +89,7 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         if job.model in options.models
     ]
     with ThreadPoolExecutor(options.jobs) as lanes:
-        futures = [lanes.submit(train_one, job, folder, seed, options.options) for job, folder, seed in work]
+        futures = [lanes.submit(train_one, *item) for item in work]
         try:
             for future in futures:
                 future.result()
@@ -125,6 +124,12 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
 
 def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) -> None:
     """Train a model, or go on with it, and put what its loader reads into `folder/weights`.
+
+    Args:
+        job: what to train.
+        folder: of this seed.
+        seed: of the run.
+        options: further arguments of the program.
 
     Raises:
         ValueError: when the program fails, with its last line and the file that holds the rest.
