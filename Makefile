@@ -31,7 +31,7 @@ lint: $(READY)  ## formatting, lint rules and types
 timm-suite: $(READY)  ## timm's own model tests, at the installed version, on every name (half an hour)
 	$(BIN)/python -m tests.timm_suite
 
-embedded: $(READY)  ## train the shipped small models again from seed and compare (an hour on two cores)
+embedded: $(READY)  ## train the shipped small models again from seed and compare (about an hour on two cores)
 	$(BIN)/python -m train.embedded --output runs/embedded
 
 bench: $(READY)  ## paired timings of the operators and models
