@@ -2,6 +2,7 @@
 
     python -m train.embedded --output runs/embedded                       # seed 0: `make embedded`
     python -m train.embedded --output runs/embedded --seeds 0 1 2 --ship  # what a release does
+    python -m train.embedded --seeds 1 2 --jobs 8 --accelerator gpu --workers 3   # on a machine with a GPU
 
 Each model is trained by its program and its configuration in configs/shapes, on one thread, two at a time. A
 run that was stopped goes on where it was; what is there is not trained again. Written are, for each seed,
@@ -68,6 +69,12 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which [all]")
     parser.add_argument("--jobs", type=int, default=2, help="models trained at once, one thread each [2]")
     parser.add_argument(
+        "--accelerator", default="auto", help="cpu, gpu, ...: what Lightning trains on [auto]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that draw scenes, for each model; a GPU needs 3 [0]"
+    )
+    parser.add_argument(
         "--size", type=int, default=400, help="scenes of each distribution to measure on [400]"
     )
     parser.add_argument(
@@ -78,6 +85,8 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}")
+    if options.workers < 0:
+        raise ValueError(f"workers must be at least 0, got {options.workers}")
     if options.ship and set(options.models) != set(MODELS):
         raise ValueError("--ship needs all models; leave out --models")
 
@@ -88,8 +97,9 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         for job in JOBS
         if job.model in options.models
     ]
+    further = ["--trainer.accelerator", options.accelerator, "--data.num_workers", str(options.workers)]
     with ThreadPoolExecutor(options.jobs) as lanes:
-        futures = [lanes.submit(train_one, *item) for item in work]
+        futures = [lanes.submit(train_one, *item, further) for item in work]
         try:
             for future in futures:
                 future.result()

@@ -1,0 +1,177 @@
+"""Cache layers that remember what was dropped.
+
+A pruned decoder layer caches fewer keys than the prompt has tokens. What asks for its length (masks,
+positions, the next chat turn, assisted decoding) wants the length of the prompt. These layers answer with
+that one, and carry which tokens of the prompt their keys are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+_L = TypeVar("_L", bound=DynamicLayer)
+
+__all__ = ["Dropped", "PrunedLayer", "PrunedSlidingLayer", "cache_of", "mark_dropped", "seen_tokens"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What became of a prompt in a decoder layer.
+
+    Attributes:
+        length: tokens of the prompt.
+        columns: int64 `[B, kept]`: the place in the prompt of each key.
+        real: bool `[B, kept]`: False for padding and for dropped tokens that fill up a shorter sample.
+        complete: whether all of `real` is True, so that no mask is needed.
+    """
+
+    length: int
+    columns: Tensor
+    real: Tensor
+    complete: bool
+
+    @property
+    def number(self) -> int:
+        """How many tokens are missing."""
+        return self.length - self.columns.shape[1]
+
+    def rows(self, index: Tensor) -> "Dropped":
+        """The same for other rows of the batch."""
+        index = index.to(self.columns.device)
+        return replace(self, columns=self.columns[index], real=self.real[index])
+
+
+def _with_rows(cls: type[_L]) -> type[_L]:
+    """Let `dropped` follow when the rows of a layer move.
+
+    Not a mixin: the class of an instance can be exchanged only along single inheritance.
+    """
+    base: Any = cls.__mro__[1]
+
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        base.reorder_cache(self, beam_idx)
+        self.dropped = self.dropped.rows(beam_idx)
+
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        base.batch_repeat_interleave(self, repeats)
+        rows = torch.arange(len(self.dropped.columns), device=self.dropped.columns.device)
+        self.dropped = self.dropped.rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        base.batch_select_indices(self, indices)
+        self.dropped = self.dropped.rows(indices)
+
+    for method in (reorder_cache, batch_repeat_interleave, batch_select_indices):
+        setattr(cls, method.__name__, method)
+    return cls
+
+
+@_with_rows
+class PrunedLayer(DynamicLayer):
+    """A `DynamicLayer` whose length counts the tokens that were dropped."""
+
+    dropped: Dropped
+
+    def get_seq_length(self) -> int:
+        length = super().get_seq_length()
+        return length + self.dropped.number if length else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens.
+
+        Args:
+            tokens_to_remove: negative: how many; positive, as transformers before 5.20 sends it: the length
+                to leave.
+
+        Raises:
+            ValueError: where tokens of the pruned prompt itself would have to go.
+        """
+        length = self.get_seq_length()
+        left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        if left == length:
+            return
+        if left < self.dropped.length:
+            raise ValueError(
+                f"a pruned prompt of {self.dropped.length} tokens cannot be cropped to {left}: which of its "
+                "tokens are left is decided for the whole prompt; run the shorter prompt anew"
+            )
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys[..., : left - self.dropped.number, :]
+        self.values = self.values[..., : left - self.dropped.number, :]
+
+    def reset(self) -> None:
+        """Forget everything: an ordinary layer again."""
+        restore_layer(self)
+        self.reset()
+
+
+@_with_rows
+class PrunedSlidingLayer(DynamicSlidingWindowLayer):
+    """A `DynamicSlidingWindowLayer` after pruning; `cumulative_length` counts what was dropped."""
+
+    dropped: Dropped
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.cumulative_length + key_states.shape[-2] > self.sliding_window:
+            raise NotImplementedError(
+                f"{self.cumulative_length + key_states.shape[-2]} tokens pass the sliding window of "
+                f"{self.sliding_window}: with a pruned prompt the window would reach too far back; generate "
+                "fewer tokens or leave pruning out"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `PrunedLayer.crop`."""
+        PrunedLayer.crop(self, tokens_to_remove)  # type: ignore[arg-type]
+        assert self.keys is not None
+        self.cumulative_length = self.keys.shape[-2] + self.dropped.number
+
+    def reset(self) -> None:
+        """Forget everything: an ordinary layer again."""
+        restore_layer(self)
+        self.reset()
+
+
+def mark_dropped(layer: Any, dropped: Dropped) -> None:
+    """Make a finished layer one that counts what was dropped.
+
+    Raises:
+        NotImplementedError: for a kind of layer whose length has another meaning.
+    """
+    if type(layer) in (DynamicLayer, PrunedLayer):
+        layer.__class__ = PrunedLayer
+    elif type(layer) in (DynamicSlidingWindowLayer, PrunedSlidingLayer):
+        layer.__class__ = PrunedSlidingLayer
+        layer.cumulative_length = dropped.length
+    else:
+        raise NotImplementedError(
+            f"pruning cannot keep its account in a cache layer of type {type(layer).__name__}; use the "
+            "default DynamicCache"
+        )
+    layer.dropped = dropped
+
+
+def restore_layer(layer: PrunedLayer | PrunedSlidingLayer) -> None:
+    """Make it the layer that it was, without an account of what was dropped."""
+    layer.__class__ = DynamicLayer if isinstance(layer, PrunedLayer) else DynamicSlidingWindowLayer  # type: ignore[assignment]
+    del layer.dropped
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a forward; transformers renamed it in 5.24."""
+    cache = arguments.get("cache")
+    return cache if cache is not None else arguments.get("past_key_values")
+
+
+def seen_tokens(cache: Cache | None, layer: int = 0) -> int:
+    """Tokens that a layer has seen before this forward, dropped ones counted."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    return int(cache.get_seq_length(layer))

@@ -1,0 +1,288 @@
+"""What visionsel holds on a model while interventions are open: hooks, the scope of each forward, taps.
+
+There is one session a model, however many contexts are open on it; they share it, so that what one drops the
+others know. It is opened by the first and closed by the last, and then the model is as it was. State lives
+here; models and their classes carry none.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionsel.multimodal.attention import AttentionCall, Output, attention_rows, tapped
+from visionsel.multimodal.cache import cache_of, seen_tokens
+from visionsel.multimodal.families import find_family
+from visionsel.multimodal.families.family import Encoded
+from visionsel.multimodal.scope import PromptScope
+
+__all__ = ["Session", "open_session"]
+
+_OPEN: dict[int, "Session"] = {}
+_LOCK = threading.Lock()
+_ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+Attend = Callable[[AttentionCall, Callable[[AttentionCall], Output]], Output]
+
+
+class Session:
+    """One model with interventions.
+
+    Attributes:
+        model: the whole model.
+        family: what is known of it.
+        decoder: its language model, below the head.
+        layers: the decoder layers.
+        scope: of the forward that runs, or of the last one; None before the first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.family = find_family(model)
+        self.decoder = cast(Any, self.family.decoder(model))
+        self.layers: list[Any] = list(self.decoder.layers)
+        self.scope: PromptScope | None = None
+        self.shared: dict[str, Any] = {}  # what interventions of one kind have together
+        self._users = 0
+        self._stack = ExitStack()
+        self._encoded: dict[str, Encoded] = {}
+        self._taps: dict[int, list[Attend]] = {}
+        self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+        self._observers: dict[int, int] = {}
+        self._watches: list[Callable[[PromptScope], None]] = []
+
+    def open(self) -> None:
+        """Hook the model; nothing of what it computes changes by that."""
+        base = cast(Any, self.model.model)
+        forward = inspect.signature(base.forward)
+        self._grids = "mm_token_type_ids" in forward.parameters
+        stack = self._stack
+        stack.callback(self.model.register_forward_pre_hook(self._check, with_kwargs=True).remove)
+        stack.callback(base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        stack.callback(self.decoder.register_forward_pre_hook(self._decode, with_kwargs=True).remove)
+        for modality, name in _ENCODERS.items():
+            if hasattr(base, name):
+                self._wrap(base, name, self._recorder(modality, getattr(base, name)))
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._stack.close()
+
+    def _wrap(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Put a function in front of a method of one object, until the session closes."""
+        had, before = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, function)
+        self._stack.callback(lambda: setattr(owner, name, before) if had else delattr(owner, name))
+
+    # what a forward is about
+
+    def _check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is not None:
+            raise NotImplementedError(
+                "interventions change what the model reads, so its loss on labels is not what it says; leave "
+                "the context for training"
+            )
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out where the images are, before the model runs."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = cache_of(kwargs)
+        if ids is None:
+            raise NotImplementedError(
+                "a prompt given as inputs_embeds alone does not say which tokens are images; pass input_ids "
+                "and pixel values"
+            )
+        if cache is not None and cache.is_compileable:
+            raise NotImplementedError(
+                "a static cache has one length for all layers; use the default DynamicCache "
+                "(no cache_implementation)"
+            )
+        prefill = seen_tokens(cache) == 0
+        tokens = self.family.token_ids(self.model)
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for token in tokens.values():
+            visual |= ids == token
+        images = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
+        if not prefill and any(image is not None and len(image) for image in images):
+            raise NotImplementedError(
+                "images after the first forward on a cache (a later turn with a new image, or "
+                "prefill_chunk_size): run the whole conversation as one prompt, without chunks"
+            )
+        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+        real = torch.ones_like(visual)
+        if prefill and mask is not None:
+            if not torch.is_tensor(mask) or mask.ndim != 2:
+                raise NotImplementedError("attention_mask must be the 2-D mask of the processor [B, L]")
+            real = mask.bool()
+        positions = kwargs.get("position_ids")
+        unplaced = kwargs.get("mm_token_type_ids") is None and (positions is None or positions.ndim < 3)
+        if prefill and self._grids and unplaced and bool(visual.any()):
+            raise ValueError(
+                f"{self.family.name} takes its positions from mm_token_type_ids; without them they are "
+                "wrong. Pass all that the processor returns"
+            )
+        self.scope = PromptScope(self.model, self.family, ids, visual & real, real, prefill)
+
+    def _decode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The images are encoded by now, before or within the forward."""
+        if self.scope is None:
+            raise NotImplementedError("the decoder was called by itself; call the model")
+        if self.scope.prefill:
+            self.scope.encoded, self._encoded = self._encoded, {}
+        for watch in self._watches:
+            watch(self.scope)
+
+    def watch(self, function: Callable[[PromptScope], None]) -> Callable[[], None]:
+        """Call a function before each forward of the decoder, in the order of entry; returns what ends it."""
+        self._watches.append(function)
+        return lambda: self._watches.remove(function)
+
+    def _recorder(self, modality: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """Remember how the vision tower was called, and what its observed layers attended to."""
+        signature = inspect.signature(encode)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self._observed = {}
+            output = encode(*args, **kwargs)
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            arguments |= arguments.pop("kwargs", {})
+            self._encoded[modality] = Encoded(modality, arguments, self._observed)
+            return output
+
+        # transformers looks at what an encoder accepts before it calls it
+        record.__signature__ = signature  # type: ignore[attr-defined]
+        return record
+
+    # attention
+
+    @contextmanager
+    def tap(self, layer: int, function: Attend) -> Iterator[None]:
+        """Send the attention calls of a decoder layer through a function, inside those tapped earlier.
+
+        Args:
+            layer: number of the decoder layer.
+            function: gets the call and what continues it, gives what the kernel gives.
+        """
+        self.tap_decoder()
+        functions = self._taps.setdefault(layer, [])
+        functions.append(function)
+        try:
+            yield
+        finally:
+            functions.remove(function)
+
+    def tap_decoder(self) -> None:
+        """Install the tap of the decoder's attention, once."""
+        if "tapped" in self.shared:
+            return
+        self.shared["tapped"] = True
+        modules = {layer.self_attn: self._through(number) for number, layer in enumerate(self.layers)}
+        configs = [self.decoder.config, *(layer.self_attn.config for layer in self.layers)]
+        self._stack.enter_context(tapped(modules, configs))
+
+    def _through(self, layer: int) -> Callable[[AttentionCall], Output]:
+        def attend(call: AttentionCall) -> Output:
+            run: Callable[[AttentionCall], Output] = AttentionCall.run
+            for function in self._taps.get(layer, ()):
+                run = _chain(function, run)
+            return run(call)
+
+        return attend
+
+    def probe(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> AttentionCall:
+        """Queries and keys that a decoder layer would make of hidden states; nothing is attended or cached.
+
+        Args:
+            layer: number of the decoder layer.
+            hidden: `[B, L, C]` as it enters the layer.
+            arguments: of the layer.
+        """
+        self.tap_decoder()
+        module = self.layers[layer]
+        arguments = {
+            key: value
+            for key, value in arguments.items()
+            if key not in ("cache", "past_key_values", "use_cache")
+        }
+        found: list[AttentionCall] = []
+
+        def stop(call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
+            found.append(call)
+            raise _ProbedError
+
+        with self.tap(layer, stop):
+            try:
+                module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
+            except _ProbedError:
+                return found[0]
+        raise RuntimeError(f"layer {layer} of {self.family.name} did not call its attention kernel")
+
+    def observe_tower(self, layer: int | None) -> int:
+        """Keep queries and keys of a layer of the vision tower for each prompt; returns its number."""
+        layers = self.family.tower_layers(self.model)
+        number = self.family.feature_layer(self.model) if layer is None else layer
+        if not -len(layers) <= number < len(layers):
+            raise ValueError(
+                f"layer {number} does not exist: the vision tower has layers 0 to {len(layers) - 1}"
+            )
+        number %= len(layers)
+        if number not in self._observers:
+            self._observers[number] = 0
+            module: Any = self.family.tower_attention(layers[number])
+            every = [self.family.tower_attention(one) for one in layers]
+            configs = [getattr(one, "config", None) for one in every]
+
+            def attend(call: AttentionCall) -> Output:
+                self._observed.setdefault(number, []).append(
+                    (call.query.detach(), call.key.detach(), call.scale)
+                )
+                return call.run()
+
+            self._stack.enter_context(
+                tapped({module: attend}, [config for config in configs if config is not None])
+            )
+        return number
+
+    def last_row(self, call: AttentionCall, place: Tensor) -> Tensor:
+        """`[B, heads, k]`: attention of one query a row; place int64 `[B]`."""
+        return attention_rows(call, place[:, None])[:, :, 0]
+
+
+class _ProbedError(Exception):
+    """Queries and keys are there; the rest of the layer is not wanted."""
+
+
+def _chain(function: Attend, run: Callable[[AttentionCall], Output]) -> Callable[[AttentionCall], Output]:
+    return lambda call: function(call, run)
+
+
+@contextmanager
+def open_session(model: nn.Module) -> Iterator[Session]:
+    """The session of a model: a new one, or the one that is open.
+
+    Raises:
+        ValueError: for a model of no supported family.
+    """
+    with _LOCK:
+        session = _OPEN.get(id(model))
+    if session is None:
+        session = Session(model)
+        try:
+            session.open()
+        except BaseException:
+            session.close()
+            raise
+        with _LOCK:
+            _OPEN[id(model)] = session
+    session._users += 1
+    try:
+        yield session
+    finally:
+        session._users -= 1
+        if not session._users:
+            with _LOCK:
+                _OPEN.pop(id(model), None)
+            session.close()
