@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visionsel.multimodal.attention import AttentionCall, Output, attention_rows, tapped
+from visionsel.multimodal.attention import AttentionCall, Output, tapped
 from visionsel.multimodal.cache import cache_of, seen_tokens
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.families.family import Encoded
@@ -51,7 +51,8 @@ class Session:
         self._encoded: dict[str, Encoded] = {}
         self._taps: dict[int, list[Attend]] = {}
         self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
-        self._observers: dict[int, int] = {}
+        self._observers: set[int] = set()
+        self._projected: Tensor | None = None
         self._watches: list[Callable[[PromptScope], None]] = []
 
     def open(self) -> None:
@@ -145,11 +146,11 @@ class Session:
         signature = inspect.signature(encode)
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            self._observed = {}
+            self._observed, self._projected = {}, None
             output = encode(*args, **kwargs)
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             arguments |= arguments.pop("kwargs", {})
-            self._encoded[modality] = Encoded(modality, arguments, self._observed)
+            self._encoded[modality] = Encoded(modality, arguments, self._observed, self._projected)
             return output
 
         # transformers looks at what an encoder accepts before it calls it
@@ -221,7 +222,17 @@ class Session:
         raise RuntimeError(f"layer {layer} of {self.family.name} did not call its attention kernel")
 
     def observe_tower(self, layer: int | None) -> int:
-        """Keep queries and keys of a layer of the vision tower for each prompt; returns its number."""
+        """Keep queries and keys of a layer of the vision tower for each prompt, and what its projector gets.
+
+        Args:
+            layer: of the tower; None: the one whose output the model uses.
+
+        Returns:
+            the number of the layer, from 0.
+
+        Raises:
+            ValueError: for a layer that does not exist.
+        """
         layers = self.family.tower_layers(self.model)
         number = self.family.feature_layer(self.model) if layer is None else layer
         if not -len(layers) <= number < len(layers):
@@ -229,8 +240,11 @@ class Session:
                 f"layer {number} does not exist: the vision tower has layers 0 to {len(layers) - 1}"
             )
         number %= len(layers)
+        projector = self.family.projector(self.model)
+        if projector is not None and not self._observers:
+            self._stack.callback(projector.register_forward_pre_hook(self._project).remove)
         if number not in self._observers:
-            self._observers[number] = 0
+            self._observers.add(number)
             module: Any = self.family.tower_attention(layers[number])
             every = [self.family.tower_attention(one) for one in layers]
             configs = [getattr(one, "config", None) for one in every]
@@ -246,9 +260,8 @@ class Session:
             )
         return number
 
-    def last_row(self, call: AttentionCall, place: Tensor) -> Tensor:
-        """`[B, heads, k]`: attention of one query a row; place int64 `[B]`."""
-        return attention_rows(call, place[:, None])[:, :, 0]
+    def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._projected = args[0].detach()
 
 
 class _ProbedError(Exception):

@@ -62,6 +62,8 @@ class Encoded:
     Attributes:
         modality: `"image"` or `"video"`.
         arguments: of `get_image_features` or `get_video_features`, by name.
+        features: what entered the projector, `[pictures, tokens, C]`; None where the family has no
+            `projector`.
         layers: for each observed layer of the tower, the calls of its attention: queries and keys
             `[crops or 1, heads, length, head_dim]` as the kernel got them, with the scale.
     """
@@ -69,6 +71,7 @@ class Encoded:
     modality: str
     arguments: Mapping[str, Any]
     layers: Mapping[int, Sequence[tuple[Tensor, Tensor, float]]]
+    features: Tensor | None = None
 
 
 class Family:
@@ -121,6 +124,10 @@ class Family:
             `[tokens, ...]`, in the order that `View.source` counts.
         """
         return values
+
+    def projector(self, model: nn.Module) -> nn.Module | None:
+        """The module that makes tokens one by one, in the order of `pool`; None if there is none."""
+        return None
 
     def layouts(
         self,

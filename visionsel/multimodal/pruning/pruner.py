@@ -388,6 +388,35 @@ class VisualTokens:
         keys = self.pool_tower(lambda crop: crop.key[:, crop.skip :].transpose(1, 2))
         return keys.transpose(2, 3)
 
+    def mergeable(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Features of the tower, for methods that merge them before the projector.
+
+        Returns:
+            `[B, N, C']`, what the projector got for each token, and a function from such features, changed or
+            not, to features for the decoder `[B, N, C]`. Tokens that did not change keep what they have.
+            Where the family has no projector that works on single tokens, the decoder's features and the
+            identity.
+        """
+        scope = self._arrival.scope
+        projector = scope.family.projector(self.model)
+        features = {kind: encoded.features for kind, encoded in scope.encoded.items()}
+        rows = {
+            kind: 1 + max((int(s.max()) for k, s in self._sources if k == kind and len(s)), default=-1)
+            for kind in features
+        }
+        fits = all(x is not None and x[..., 0].numel() == rows[kind] for kind, x in features.items())
+        if projector is None or not fits:
+            return self.features, lambda merged: merged
+        before = self._spread(lambda kind: features[kind].flatten(0, -2))[0]  # type: ignore[union-attr]
+
+        def project(merged: Tensor) -> Tensor:
+            changed = (merged != before).any(-1, keepdim=True)
+            return torch.where(
+                changed, projector(merged.to(before.dtype)).to(self.features.dtype), self.features
+            )
+
+        return before, project
+
 
 def _left(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Places of the True entries of each row, from the left, with which of them are there."""
