@@ -53,6 +53,7 @@ class Session:
         self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
         self._observers: set[int] = set()
         self._projected: Tensor | None = None
+        self._encoding = False
         self._watches: list[Callable[[PromptScope], None]] = []
 
     def open(self) -> None:
@@ -146,8 +147,14 @@ class Session:
         signature = inspect.signature(encode)
 
         def record(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding:  # videos may be encoded as images
+                return encode(*args, **kwargs)
             self._observed, self._projected = {}, None
-            output = encode(*args, **kwargs)
+            self._encoding = True
+            try:
+                output = encode(*args, **kwargs)
+            finally:
+                self._encoding = False
             arguments = dict(signature.bind(*args, **kwargs).arguments)
             arguments |= arguments.pop("kwargs", {})
             self._encoded[modality] = Encoded(modality, arguments, self._observed, self._projected)
@@ -250,9 +257,8 @@ class Session:
             configs = [getattr(one, "config", None) for one in every]
 
             def attend(call: AttentionCall) -> Output:
-                self._observed.setdefault(number, []).append(
-                    (call.query.detach(), call.key.detach(), call.scale)
-                )
+                seen = self._observed.setdefault(number, [])
+                seen += [(query, key, call.scale) for query, key in _apart(call)]
                 return call.run()
 
             self._stack.enter_context(
@@ -262,6 +268,16 @@ class Session:
 
     def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._projected = args[0].detach()
+
+
+def _apart(call: AttentionCall) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of a call of the vision tower; flash kernels get several pictures in one row."""
+    query, key = call.query.detach(), call.key.detach()
+    ends = call.arguments.get("cu_seq_lens_q")
+    if ends is None:
+        return [(query, key)]
+    lengths = torch.as_tensor(ends).diff().tolist()
+    return list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
 
 
 class _ProbedError(Exception):

@@ -404,7 +404,7 @@ class VisualTokens:
             kind: 1 + max((int(s.max()) for k, s in self._sources if k == kind and len(s)), default=-1)
             for kind in features
         }
-        fits = all(x is not None and x[..., 0].numel() == rows[kind] for kind, x in features.items())
+        fits = all(x is not None and x[..., 0].numel() >= rows[kind] for kind, x in features.items())
         if projector is None or not fits:
             return self.features, lambda merged: merged
         before = self._spread(lambda kind: features[kind].flatten(0, -2))[0]  # type: ignore[union-attr]
