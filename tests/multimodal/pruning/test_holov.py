@@ -136,6 +136,6 @@ def test_in_a_model_it_reads_the_layer_whose_output_the_model_uses() -> None:
     projected = seen.at_image(seen.hidden[0])
     mask, features = prune(model, inputs, HoloV(keep=7, chunks=4))
     for b in range(2):
-        expected = by_the_paper(attention[b].mean(0), projected[b], 7, 4)
+        expected = by_the_paper(attention[b].mean(0), seen.features[b], 7, 4)
         assert mask[b].nonzero().flatten().tolist() == expected
         assert torch.allclose(features[b], projected[b][expected])

@@ -47,7 +47,8 @@ class HoloV(Pruner):
 
     def _select(self, tokens: VisualTokens) -> Tensor:
         attention = tokens.tower_attention().mean(1)
-        return select(attention, tokens.features, self.keep, self.chunks, self.alpha, tokens.valid)
+        features, _ = tokens.mergeable()  # of the tower, as in the release
+        return select(attention, features, self.keep, self.chunks, self.alpha, tokens.valid)
 
 
 def select(
