@@ -12,6 +12,12 @@ import visionsel
 
 PACKAGE = Path(visionsel.__file__).parent
 FLOORS = {"ops": 1, "data": 1, "layers": 2, "models": 3, "multimodal": 4, "embedded": 5}
+# inside multimodal/; floor 2 is one thing in several files
+MULTIMODAL = {"timm_tower": 0, "families": 1, "pruning": 3} | dict.fromkeys(
+    ("attention", "cache", "scope", "session", "dropping", "intervention"), 2
+)
+# of pruning/, what is no method
+PRUNING = {"checks", "pruner", "visual_tokens", "report", "picture", "measure", "budget"}
 # heavier than importing timm: only inside functions, and only where an extra is named when they are missing
 HEAVY = {
     "transformers",
@@ -24,6 +30,7 @@ HEAVY = {
     "torchmetrics",
     "segment_anything",
     "tokenizers",
+    "optuna",
 }
 # folders of an extra: their __init__ names it when it is missing
 OF_AN_EXTRA = {"multimodal": {"transformers"}}
@@ -65,8 +72,25 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
         target = (parts[1], parts[2] if len(parts) > 2 else "__init__")
         below = FLOORS[target[0]] < FLOORS[floor]
         same_room = target == (floor, room)
-        own_floor = target[0] == floor and (target in shared or floor == "embedded")  # no methods there
+        own_floor = target[0] == floor and (target in shared or floor in ("embedded", "multimodal"))
         assert below or same_room or own_floor, f"{floor}/{room} imports {module}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "multimodal").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_multimodal_has_floors_of_its_own_and_methods_that_do_not_know_each_other(path: Path) -> None:
+    room, *inner = path.relative_to(PACKAGE / "multimodal").with_suffix("").parts
+    if room == "__init__":
+        return
+    for _, module in imports(path):
+        parts = module.split(".")
+        if parts[:2] != ["visionsel", "multimodal"] or len(parts) < 3:
+            continue
+        assert MULTIMODAL[parts[2]] <= MULTIMODAL[room], f"{room} imports {module}"
+        if room == parts[2] == "pruning" and len(parts) > 3 and inner[0] not in {"__init__", *PRUNING}:
+            method = inner[0].partition("_")[0]
+            assert parts[3] in PRUNING or parts[3].partition("_")[0] == method, f"{inner[0]} imports {module}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
