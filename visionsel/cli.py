@@ -1,8 +1,9 @@
 """The `visionsel` command.
 
-`visionsel models` lists the backbones, `visionsel predict` classifies images, `visionsel data` writes data
-sets, `visionsel evaluate` measures models. Results go to stdout as text or, with `--json`, as JSON; messages
-go to stderr. Exit status: 0 done, 1 the input was not usable or a goal was missed, 2 wrong arguments.
+`visionsel models` lists the backbones, `visionsel predict` classifies images, `visionsel generate` answers
+about an image, `visionsel data` writes data sets, `visionsel evaluate` measures models. Results go to stdout
+as text or, with `--json`, as JSON; messages go to stderr. Exit status: 0 done, 1 the input was not usable or
+a goal was missed, 2 wrong arguments.
 """
 
 import argparse
@@ -19,6 +20,8 @@ EPILOG = {
     "models": "example: visionsel models 'dinat_*'",
     "shapes": "example: visionsel data shapes --out shapes --size 2000 --image-size 64",
     "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
+    "generate": "example: visionsel generate scene.png 'describe the image.' --prune fastv:keep=0.25,layer=1",
+    "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
     "predict": "example: visionsel predict cat.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
 }
 
@@ -71,6 +74,33 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", help="default: cuda if there is one, else cpu")
     predict.set_defaults(run=_predict)
 
+    generate = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="answer about an image, with fewer image tokens if wished",
+        epilog=EPILOG["generate"],
+    )
+    generate.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
+    generate.add_argument("prompt", help="a question or an instruction")
+    generate.add_argument(
+        "--model",
+        default="embedded",
+        help="a folder (or cached name) of a vision-language model of transformers (default: the small one "
+        "of the package, which knows coloured shapes)",
+    )
+    generate.add_argument(
+        "--prune",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SPEC",
+        help="methods with their settings, such as fastv:keep=0.25,layer=2; several work together",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="of the answer (default: 64)")
+    generate.add_argument("--out", type=Path, metavar="PICTURE", help="draw which patches were kept")
+    generate.add_argument("--device", help="default: cuda if there is one, else cpu")
+    generate.set_defaults(run=_generate)
+
     data = verbs.add_parser("data", help="write a data set").add_subparsers(
         dest="data_set", required=True, metavar="NAME"
     )
@@ -117,6 +147,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     embedded.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     embedded.set_defaults(run=_evaluate_embedded)
+
+    pruning = evaluate.add_parser(
+        "pruning",
+        parents=[common],
+        help="whether pruners keep the answers right, on the vision-language model of the package",
+        epilog=EPILOG["pruning"],
+    )
+    pruning.add_argument("--methods", nargs="+", metavar="METHOD", help="which (default: all)")
+    pruning.add_argument(
+        "--keep",
+        nargs="+",
+        type=float,
+        default=[1.0, 0.5, 0.25, 0.1],
+        metavar="SHARE",
+        help="shares of the image tokens that a decoder layer has on average (default: 1 0.5 0.25 0.1)",
+    )
+    pruning.add_argument(
+        "--size", type=int, default=200, help="scenes (default: 200, some ten minutes for all methods)"
+    )
+    pruning.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
+    pruning.set_defaults(run=_evaluate_pruning)
     return parser
 
 
@@ -188,6 +241,23 @@ def _predict(options: argparse.Namespace) -> None:
             print(f"  {entry['probability']:7.2%}  {entry['label']}")
 
 
+def _generate(options: argparse.Namespace) -> None:
+    from visionsel.generation import generate_answer, load_lvlm
+
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    model, processor = load_lvlm(options.model, options.device)
+    result = generate_answer(
+        model, processor, options.image, options.prompt, options.prune, options.max_new_tokens
+    )
+    if options.json:
+        print(json.dumps({"answer": result.answer, "report": result.report.to_dict()}, indent=2))
+    else:
+        print(f"{result.answer}\n\n{result.report}")
+    if options.out is not None:
+        result.picture().save(options.out)
+
+
 def _data_shapes(options: argparse.Namespace) -> None:
     from visionsel.data.shapes import write_shapes
 
@@ -237,6 +307,39 @@ def _evaluate_embedded(options: argparse.Namespace) -> None:
         print("\nall measures: --json")
     if missed := [goal.measure for goal, _, reached in checks if not reached]:
         raise ValueError(f"goals missed: {', '.join(missed)}")
+
+
+def _evaluate_pruning(options: argparse.Namespace) -> None:
+    from visionsel.embedded import load_lvlm
+    from visionsel.embedded.pruning_quality import MEASURES, evaluate_pruning, plot_rows, write_rows
+
+    rows = evaluate_pruning(
+        *load_lvlm(),
+        options.methods,
+        options.keep,
+        options.size,
+        options.seed,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+    )
+    if options.csv is not None:
+        write_rows(rows, options.csv)
+    if options.plot is not None:
+        plot_rows(rows, options.plot)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    numbers = ["equivalent_tokens", "flops_ratio", "cache_ratio", *MEASURES]
+    _print_table(
+        ["method", "keep", "tokens", "FLOPs", "cache", *MEASURES.values()],
+        [
+            [row["method"], "-" if row["keep"] is None else f"{row['keep']:g}"]
+            + [
+                "-" if row[name] is None else f"{row[name]:.{1 if 'tokens' in name else 3}f}"
+                for name in numbers
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _show_progress(done: int, total: int) -> None:

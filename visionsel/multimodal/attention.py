@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 __all__ = ["AttentionCall", "attention_rows", "tapped"]
 
 _NUMBERS = itertools.count()
+_BASES: dict[str, str | None] = {}  # for each name of ours, what stood in the configuration before it
 Output = tuple[Tensor, Tensor | None]
 
 
@@ -72,8 +73,7 @@ def tapped(
         NotImplementedError: for kernels whose masks are not tensors.
     """
     unique = {id(config): config for config in configs}
-    names: list[str] = []
-    before: list[tuple[Any, str]] = []
+    entered: list[tuple[Any, str]] = []
     try:
         for config in unique.values():
             base = config._attn_implementation or "eager"
@@ -83,22 +83,27 @@ def tapped(
                     'model.set_attn_implementation("sdpa")'
                 )
             name = f"visionsel{next(_NUMBERS)}:{base}"
-            names.append(name)
-            AttentionInterface.register(name, _dispatcher(modules, base))
-            AttentionMaskInterface.register(name, _mask_function(base))
-            before.append((config, config._attn_implementation))
+            _BASES[name] = config._attn_implementation
+            entered.append((config, name))
+            AttentionInterface.register(name, _dispatcher(modules, name))
+            AttentionMaskInterface.register(name, _mask_function(name))
             config._attn_implementation = name
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for name in names:
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+        for config, name in entered:
+            before = _BASES.pop(name)
+            if config._attn_implementation == name:
+                config._attn_implementation = before
+            for later, under in list(_BASES.items()):  # of another model with the same configuration
+                if under == name:
+                    _BASES[later] = before
+            for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                table._global_mapping.pop(name, None)
+                table._local_mapping.pop(name, None)  # where another library may have wrapped it
 
 
 def _dispatcher(
-    modules: Mapping[nn.Module, Callable[[AttentionCall], Output]], base: str
+    modules: Mapping[nn.Module, Callable[[AttentionCall], Output]], name: str
 ) -> Callable[..., Output]:
     """The kernel under its new name."""
 
@@ -113,6 +118,7 @@ def _dispatcher(
     ) -> Output:
         def kernel(module: nn.Module, *tensors: Tensor | None, **arguments: Any) -> Output:
             # looked up now, so that other libraries' wrappers stay in force; "eager" is not in the table
+            base = _BASES[name] or "eager"
             eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
             function = ALL_ATTENTION_FUNCTIONS.get(base, eager)
             assert function is not None, f"{type(module).__name__} has no eager attention"
@@ -134,11 +140,11 @@ def _dispatcher(
     return attend
 
 
-def _mask_function(base: str) -> Callable[..., Any]:
+def _mask_function(name: str) -> Callable[..., Any]:
     """Masks as the kernel expects them."""
 
     def mask(*args: Any, **arguments: Any) -> Any:
-        return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **arguments)
+        return ALL_MASK_ATTENTION_FUNCTIONS[_BASES[name] or "eager"](*args, **arguments)
 
     return mask
 

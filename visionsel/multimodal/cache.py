@@ -44,6 +44,22 @@ class Dropped:
         index = index.to(self.columns.device)
         return replace(self, columns=self.columns[index], real=self.real[index])
 
+    def until(self, length: int) -> "Dropped":
+        """The same for a shorter prompt, whose tokens from `length` on are all there.
+
+        Raises:
+            ValueError: when one of them was dropped.
+        """
+        last = torch.arange(length, self.length, device=self.columns.device)
+        columns, real = self.columns[:, -len(last) :], self.real[:, -len(last) :]
+        if length < 1 or columns.shape[1] < len(last) or not bool(((columns == last) & real).all()):
+            raise ValueError(
+                f"a pruned prompt of {self.length} tokens cannot be cropped to {length}: which of its tokens "
+                "are left was decided for the whole prompt; run the shorter prompt anew"
+            )
+        columns, real = self.columns[:, : -len(last)], self.real[:, : -len(last)]
+        return Dropped(length, columns, real, bool(real.all()))
+
 
 def _with_rows(cls: type[_L]) -> type[_L]:
     """Let `dropped` follow when the rows of a layer move.
@@ -88,17 +104,14 @@ class PrunedLayer(DynamicLayer):
                 to leave.
 
         Raises:
-            ValueError: where tokens of the pruned prompt itself would have to go.
+            ValueError: where tokens would have to go that were read with dropped ones.
         """
         length = self.get_seq_length()
         left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if left == length:
             return
-        if left < self.dropped.length:
-            raise ValueError(
-                f"a pruned prompt of {self.dropped.length} tokens cannot be cropped to {left}: which of its "
-                "tokens are left is decided for the whole prompt; run the shorter prompt anew"
-            )
+        if left < self.dropped.length:  # candidates of assisted decoding may have come with the prompt
+            self.dropped = self.dropped.until(left)
         assert self.keys is not None
         assert self.values is not None
         self.keys = self.keys[..., : left - self.dropped.number, :]

@@ -73,6 +73,7 @@ class Record:
         scope: of the prompt.
         kept: for each point its layer and bool `[B, L]`: the tokens that entered the layer.
         states: for each decoder layer what was dropped before it; None where nothing was.
+        probed: layers whose queries and keys a selection had made, with the number of tokens.
         cache_bytes: what the cache holds of the prompt, and what it would without dropping; None without
             cache.
     """
@@ -80,6 +81,7 @@ class Record:
     scope: PromptScope
     kept: list[tuple[int, Tensor]]
     states: list[Dropped | None]
+    probed: list[tuple[int, int]]
     cache_bytes: tuple[int, int] | None = None
 
 
@@ -141,7 +143,7 @@ class Dropper:
         self._gathered = {}
         if scope.prefill:
             self._state = self._previous = None
-            self.record = Record(scope, [], [None] * len(self.session.layers))
+            self.record = Record(scope, [], [None] * len(self.session.layers), [])
 
     def _keep_call(self, call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
         if self.session.scope is not None and self.session.scope.prefill:
@@ -157,12 +159,13 @@ class Dropper:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if number in self.points:
                     hidden = self._select(self.points[number], hidden, kwargs)
-                if self._state is None:
+                elif self._state is None:
                     return None
-                assert self.record is not None
-                self.record.states[number] = self._state
-                changes = self._prompt_arguments(self._state, kwargs)
-                changed = {**kwargs, **changes}
+                changed = dict(kwargs)
+                if self._state is not None:
+                    assert self.record is not None
+                    self.record.states[number] = self._state
+                    changed |= self._prompt_arguments(self._state, kwargs)
                 if args:
                     return (hidden, *args[1:]), changed
                 return args, {**changed, "hidden_states": hidden}
@@ -186,7 +189,10 @@ class Dropper:
             columns, real = state.columns, state.real
         visual = scope.visual.to(hidden.device).gather(1, columns) & real
 
+        probed = self.record.probed
+
         def own() -> AttentionCall:
+            probed.append((point.layer, hidden.shape[1]))
             arguments = kwargs | self._prompt_arguments(state, kwargs) if state is not None else kwargs
             return self.session.probe(point.layer, hidden, arguments)
 
@@ -198,9 +204,9 @@ class Dropper:
         keep = real & (keep | ~visual)
         kept = torch.zeros_like(scope.real, device=hidden.device).scatter(1, columns, keep)
         self.record.kept.append((point.layer, kept.to(scope.real.device)))
-        number = int(keep.sum(1).amax())
-        if number == hidden.shape[1] or bool((keep == real).all()):
+        if bool((keep == real).all()):
             return hidden
+        number = int(keep.sum(1).amax())
         # rows with fewer tokens are filled up on the left with dropped ones, which the mask hides
         local = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -number:]
         real = keep.gather(1, local)
@@ -301,14 +307,18 @@ class Dropper:
             cache = cache_of(output) if hasattr(output, "keys") else None
         if cache is None:
             return
+        cached: list[Any] = cache.layers
+        for one, state in zip(cached, record.states, strict=False):
+            if state is not None:
+                _refuse_short_window(one, state)
         for point in self.points.values():
             state = record.states[point.layer]
             if point.truncate and state is not None:
                 for layer in range(point.layer):
-                    _truncate(cache.layers[layer], record.states[layer], state)
+                    _refuse_short_window(cached[layer], state)
+                    _truncate(cached[layer], record.states[layer], state)
                     record.states[layer] = state
         held = whole = 0
-        cached: list[Any] = cache.layers
         for one, state in zip(cached, record.states, strict=False):
             size = sum(tensor.numel() * tensor.element_size() for tensor in (one.keys, one.values))
             held += size
@@ -358,6 +368,15 @@ def _hide(mask: Tensor, real: Tensor, rows: bool = True) -> Tensor:
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
     mask = mask & ~hidden
     return mask | torch.diag_embed(~real)[:, None] if rows else mask
+
+
+def _refuse_short_window(layer: Any, state: Dropped) -> None:
+    window = getattr(layer, "sliding_window", None)
+    if window is not None and state.length >= window:
+        raise NotImplementedError(
+            f"the prompt of {state.length} tokens does not fit the sliding window of {window}, which counts "
+            "the tokens that are left; pruning needs a prompt within the window"
+        )
 
 
 def _truncate(layer: Any, held: Dropped | None, state: Dropped) -> None:

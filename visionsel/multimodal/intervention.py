@@ -100,7 +100,10 @@ def parse(text: str, kinds: Sequence[type[Intervention]]) -> Intervention:
         arguments, call = {}, None
     if call is None or call.args or not set(arguments) <= set(names):
         raise ValueError(f"cannot read {text!r}: write {name}:NAME=VALUE,... with {', '.join(names)}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except TypeError as error:  # a hyperparameter without a default, or of another type
+        raise ValueError(f"cannot make {name} of {text!r}: {error}") from error
 
 
 def method_name(kind: type[Intervention]) -> str:

@@ -39,6 +39,8 @@ class PromptScope:
         visual: bool `[B, L]`: tokens that stand for images and videos.
         real: bool `[B, L]`: all but padding.
         prefill: nothing was cached before.
+        drafted: how many tokens at the end are no prompt any more: candidates that assisted decoding sends
+            along.
         encoded: the calls of the vision tower whose results this prompt holds, by modality; empty when the
             caller had them beforehand.
     """
@@ -50,6 +52,7 @@ class PromptScope:
     real: Tensor
     prefill: bool
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    drafted: int = 0
 
     @property
     def length(self) -> int:
@@ -57,18 +60,23 @@ class PromptScope:
         return self.input_ids.shape[1]
 
     @property
+    def prompt(self) -> Tensor:
+        """bool `[B, L]`: all but padding and what was drafted."""
+        return self.real & (torch.arange(self.length, device=self.real.device) < self.length - self.drafted)
+
+    @property
     def last(self) -> Tensor:
-        """int64 `[B]`: the place of each row's last token."""
+        """int64 `[B]`: the place of each row's last token of the prompt."""
         place = torch.arange(self.length, device=self.real.device)
-        return place.expand_as(self.real).masked_fill(~self.real, -1).amax(1)
+        return place.expand_as(self.real).masked_fill(~self.prompt, -1).amax(1)
 
     def text(self, which: str = "after") -> Tensor:
-        """bool `[B, L]`: text tokens, all of them or those after the last image.
+        """bool `[B, L]`: text tokens of the prompt, all of them or those after the last image.
 
         Raises:
             ValueError: for another `which` than `"all"` and `"after"`.
         """
-        text = self.real & ~self.visual
+        text = self.prompt & ~self.visual
         if which == "all":
             return text
         if which != "after":
@@ -85,7 +93,8 @@ class PromptScope:
         answers: rows that follow each other then share the pictures.
 
         Raises:
-            RuntimeError: when the tower did not run, or its results are not what the prompt asks for.
+            NotImplementedError: when the tower did not run.
+            RuntimeError: when its results are not what the prompt asks for.
         """
         rows: list[list[Picture]] = [[] for _ in range(len(self.input_ids))]
         for modality, token in self.family.token_ids(self.model).items():
@@ -93,7 +102,7 @@ class PromptScope:
             if not here.any():
                 continue
             if modality not in self.encoded:
-                raise RuntimeError(
+                raise NotImplementedError(
                     f"the vision tower did not run for the {modality}s of this prompt (precomputed "
                     "mm_encoder_outputs?), but the method needs what it sees; pass the pixel values"
                 )

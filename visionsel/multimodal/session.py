@@ -48,6 +48,7 @@ class Session:
         self.shared: dict[str, Any] = {}  # what interventions of one kind have together
         self._users = 0
         self._stack = ExitStack()
+        self._drafted = 0
         self._encoded: dict[str, Encoded] = {}
         self._taps: dict[int, list[Attend]] = {}
         self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
@@ -87,6 +88,9 @@ class Session:
                 "interventions change what the model reads, so its loss on labels is not what it says; leave "
                 "the context for training"
             )
+        # assisted decoding sends its first candidates with the prompt, and wants a logit for each
+        logits = kwargs.get("logits_to_keep")
+        self._drafted = logits - 1 if isinstance(logits, int) and logits > 1 else 0
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out where the images are, before the model runs."""
@@ -103,9 +107,8 @@ class Session:
                 "(no cache_implementation)"
             )
         prefill = seen_tokens(cache) == 0
-        tokens = self.family.token_ids(self.model)
         visual = torch.zeros_like(ids, dtype=torch.bool)
-        for token in tokens.values():
+        for token in self.family.token_ids(self.model).values() if prefill else ():
             visual |= ids == token
         images = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
         if not prefill and any(image is not None and len(image) for image in images):
@@ -120,13 +123,16 @@ class Session:
                 raise NotImplementedError("attention_mask must be the 2-D mask of the processor [B, L]")
             real = mask.bool()
         positions = kwargs.get("position_ids")
-        unplaced = kwargs.get("mm_token_type_ids") is None and (positions is None or positions.ndim < 3)
+        unplaced = kwargs.get("mm_token_type_ids") is None and (
+            positions is None or positions.ndim < 3 or _in_a_line(positions, visual)
+        )
         if prefill and self._grids and unplaced and bool(visual.any()):
             raise ValueError(
                 f"{self.family.name} takes its positions from mm_token_type_ids; without them they are "
                 "wrong. Pass all that the processor returns"
             )
-        self.scope = PromptScope(self.model, self.family, ids, visual & real, real, prefill)
+        drafted, self._drafted = self._drafted if prefill else 0, 0
+        self.scope = PromptScope(self.model, self.family, ids, visual & real, real, prefill, drafted=drafted)
 
     def _decode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The images are encoded by now, before or within the forward."""
@@ -168,7 +174,7 @@ class Session:
 
     @contextmanager
     def tap(self, layer: int, function: Attend) -> Iterator[None]:
-        """Send the attention calls of a decoder layer through a function, inside those tapped earlier.
+        """Send the attention calls of a decoder layer through a function, before those tapped earlier.
 
         Args:
             layer: number of the decoder layer.
@@ -268,6 +274,12 @@ class Session:
 
     def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._projected = args[0].detach()
+
+
+def _in_a_line(positions: Tensor, visual: Tensor) -> bool:
+    """Whether images have the positions of text: the same in time, height and width."""
+    places = positions[-3:].expand(3, *visual.shape)[:, visual]
+    return bool((places == places[:1]).all())
 
 
 def _apart(call: AttentionCall) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ What differs from the release: the tokens kept keep their positions, where the r
 share of the tokens is rounded, where the release cuts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,7 +39,8 @@ class PyramidDrop(Pruner):
     keep: tuple[float | int, ...] = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
-        if not self.layers or len(self.layers) != len(self.keep):
+        pairs = isinstance(self.layers, Sequence) and isinstance(self.keep, Sequence)
+        if not pairs or not self.layers or len(self.layers) != len(self.keep):
             raise ValueError(
                 f"keep needs one value for each of the layers, at least one: got keep={self.keep} and "
                 f"layers={self.layers}"
