@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,16 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A model, the program that trains it and its configuration."""
+    """A model, the program that trains it and its configuration.
+
+    Attributes:
+        needs: another model, which it is trained for; that one's name is the option that takes its folder.
+    """
 
     model: str
     program: str
     config: str
+    needs: str | None = None
 
 
 JOBS = (  # the longest first, so that two lanes end together
@@ -49,6 +54,7 @@ JOBS = (  # the longest first, so that two lanes end together
         Job(f"classifier_{name}", "train.shapes_classifier", name)
         for name in ("selectformer", "nat", "biformer")
     ),
+    Job("explainprune", "train.explainprune", "explainprune", needs="lvlm"),
 )
 
 
@@ -99,9 +105,13 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
     ]
     further = ["--trainer.accelerator", options.accelerator, "--data.num_workers", str(options.workers)]
     with ThreadPoolExecutor(options.jobs) as lanes:
-        futures = [lanes.submit(train_one, *item, further) for item in work]
+        futures: dict[tuple[str, int], Future[None]] = {}
+        for job, folder, seed in work:
+            # what is needed stands before in the queue, so that it runs or has run
+            before = futures.get((job.needs or "", seed))
+            futures[job.model, seed] = lanes.submit(_train_after, before, job, folder, seed, further)
         try:
-            for future in futures:
+            for future in futures.values():
                 future.result()
         except BaseException:
             lanes.shutdown(cancel_futures=True)
@@ -132,6 +142,14 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("missed: " + "; ".join(missed))
 
 
+def _train_after(
+    before: "Future[None] | None", job: Job, folder: Path, seed: int, options: list[str]
+) -> None:
+    if before is not None:
+        before.result()
+    train_one(job, folder, seed, options)
+
+
 def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) -> None:
     """Train a model, or go on with it, and put what its loader reads into `folder/weights`.
 
@@ -154,6 +172,8 @@ def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) ->
         command += ["--config", str(ROOT / "configs" / "shapes" / f"{job.config}.yaml")]
         command += ["--output", str(run), "--seed_everything", str(seed)]
         command += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+        if job.needs:
+            command += [f"--model.{job.needs}", str((folder / "weights" / job.needs).resolve())]
         command += options
         last, spent = run / "checkpoints" / "last.ckpt", {"seconds": 0.0, "cpu_seconds": 0.0}
         if last.is_file():

@@ -46,7 +46,8 @@ class ByScore(Pruner):
 
     def _select(self, ratios: Sequence[float], tokens: VisualTokens) -> Tensor | tuple[Tensor, Tensor]:
         number = [count(ratios[b % len(ratios)], int(n)) for b, n in enumerate(tokens.valid.sum(1))]
-        mask = top(SCORES[tokens.index], torch.tensor(number), tokens.valid)
+        scores = SCORES.to(tokens.index.device)[tokens.index]
+        mask = top(scores, tokens.index.new_tensor(number), tokens.valid)
         if not self.merge:
             return mask
         group = mask.cumsum(1)[..., None].expand_as(tokens.features)

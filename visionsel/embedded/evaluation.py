@@ -13,6 +13,7 @@ from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
 from visionsel.embedded.classifier import load_classifier, measure_classifier
 from visionsel.embedded.clip import load_clip
 from visionsel.embedded.clip_quality import measure_clip
+from visionsel.embedded.explainprune import load_predictor, measure_predictor
 from visionsel.embedded.files import WEIGHTS
 from visionsel.embedded.lvlm import load_lvlm
 from visionsel.embedded.lvlm_quality import generate_answers, measure_lvlm
@@ -22,7 +23,7 @@ from visionsel.embedded.segmenter import load_segmenter
 __all__ = ["CLASSIFIERS", "GOALS", "MODELS", "Goal", "check_goals", "evaluate_embedded", "lookup"]
 
 CLASSIFIERS = ("biformer", "nat", "selectformer")
-MODELS = ("lvlm", "segmenter", *(f"classifier_{name}" for name in CLASSIFIERS), "clip")
+MODELS = ("lvlm", "segmenter", *(f"classifier_{name}" for name in CLASSIFIERS), "clip", "explainprune")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ def evaluate_embedded(
         elif name == "clip":
             clip = load_clip(folder / name)
             results[name] = {part: measure_clip(*clip, scenes[part], seed) for part in ("train", "balanced")}
+        elif name == "explainprune":
+            predictor = load_predictor(folder / name)
+            some = scenes["balanced"][: max(1, size // 4)]
+            results[name] = {"balanced": measure_predictor(predictor, *load_lvlm(folder / "lvlm"), some)}
         else:
             classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
             singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)

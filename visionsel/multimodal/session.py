@@ -61,7 +61,7 @@ class Session:
         """Hook the model; nothing of what it computes changes by that."""
         base = cast(Any, self.model.model)
         forward = inspect.signature(base.forward)
-        self._grids = "mm_token_type_ids" in forward.parameters
+        self._arguments = list(forward.parameters)
         stack = self._stack
         stack.callback(self.model.register_forward_pre_hook(self._check, with_kwargs=True).remove)
         stack.callback(base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -94,7 +94,8 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out where the images are, before the model runs."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        ids = kwargs.get("input_ids")
         cache = cache_of(kwargs)
         if ids is None:
             raise NotImplementedError(
@@ -110,13 +111,19 @@ class Session:
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for token in self.family.token_ids(self.model).values() if prefill else ():
             visual |= ids == token
-        images = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs"))
-        if not prefill and any(image is not None and len(image) for image in images):
+        names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        given = any(kwargs.get(name) is not None and len(kwargs[name]) for name in names)
+        if prefill and not given and bool(visual.any()):
+            raise NotImplementedError(
+                "the prompt has tokens for images, but no images come with it; pass the pixel values, and no "
+                "prefill_chunk_size"
+            )
+        if given and not prefill:
             raise NotImplementedError(
                 "images after the first forward on a cache (a later turn with a new image, or "
                 "prefill_chunk_size): run the whole conversation as one prompt, without chunks"
             )
-        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+        mask = kwargs.get("attention_mask")
         real = torch.ones_like(visual)
         if prefill and mask is not None:
             if not torch.is_tensor(mask) or mask.ndim != 2:
@@ -126,7 +133,7 @@ class Session:
         unplaced = kwargs.get("mm_token_type_ids") is None and (
             positions is None or positions.ndim < 3 or _in_a_line(positions, visual)
         )
-        if prefill and self._grids and unplaced and bool(visual.any()):
+        if prefill and "mm_token_type_ids" in self._arguments and unplaced and bool(visual.any()):
             raise ValueError(
                 f"{self.family.name} takes its positions from mm_token_type_ids; without them they are "
                 "wrong. Pass all that the processor returns"
