@@ -35,7 +35,7 @@ def _four_methods() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rows(lvlm: tuple[Any, Any]) -> list[dict[str, Any]]:
-    return evaluate_pruning(*lvlm, keep=(0.1, 1.0), size=3, batch_size=20)
+    return evaluate_pruning(*lvlm, keep=(0.1, 1.0), size=3, batch_size=20, trials=3)
 
 
 def test_every_method_has_a_row_a_budget_behind_the_model_without_pruning(rows: list[dict[str, Any]]) -> None:
@@ -94,10 +94,10 @@ def test_a_method_that_needs_more_is_left_out_unless_it_gets_it_or_is_asked_for(
 ) -> None:
     monkeypatch.setattr(pruning, "PRUNERS", [Trained])
     name, said = method_name(Trained), []
-    rows = evaluate_pruning(*lvlm, keep=(0.5,), size=1, progress=said.append)
+    rows = evaluate_pruning(*lvlm, keep=(0.5,), size=1, trials=0, progress=said.append)
     assert [row["method"] for row in rows] == ["none"]
     assert f"{name} is left out: Trained needs net=" in said
-    rows = evaluate_pruning(*lvlm, keep=(0.5,), size=1, settings={name: {"net": "here"}})
+    rows = evaluate_pruning(*lvlm, keep=(0.5,), size=1, trials=0, settings={name: {"net": "here"}})
     assert [row["method"] for row in rows] == ["none", name]
     with pytest.raises(ValueError, match="Trained needs net="):
         evaluate_pruning(*lvlm, methods=[name], size=1)

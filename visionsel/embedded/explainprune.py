@@ -9,6 +9,7 @@ from torch import Tensor
 
 from visionsel.data.shapes import CAPTION_PROMPT, Sample
 from visionsel.embedded.files import WEIGHTS
+from visionsel.embedded.lvlm_quality import encode_prompts
 from visionsel.multimodal.pruning.explainprune import first_layer_maps, select
 from visionsel.multimodal.pruning.explainprune_net import RelevancePredictor
 from visionsel.multimodal.pruning.relevance import relevance
@@ -51,27 +52,13 @@ def foresee_relevance(
     Returns:
         logits, relevance and which tokens there are, `[B, N]` each.
     """
-    prompts = _read(processor, images, questions).to(model.device)
+    prompts = encode_prompts(processor, images, questions).to(model.device)
     maps, grids, valid = first_layer_maps(model, prompts)
-    answered = _read(processor, images, questions, answers).to(model.device)
+    answered = encode_prompts(processor, images, questions, answers).to(model.device)
     # padded on the left: what is longer than the prompt is the answer
     length = answered["attention_mask"].sum(1) - prompts["attention_mask"].sum(1)
     target = relevance(model, answered, answered["input_ids"].shape[1] - length)
     return predictor(maps, grids, valid), target, valid
-
-
-def _read(
-    processor: Any, images: Sequence[Any], questions: Sequence[str], answers: Sequence[str] | None = None
-) -> Any:
-    """Inputs of the model: questions, answered or to be answered."""
-    texts = []
-    for number, question in enumerate(questions):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answers is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
-        texts.append(processor.apply_chat_template(turns, add_generation_prompt=answers is None))
-    return processor(images=list(images), text=texts, return_tensors="pt", padding=True)
 
 
 def measure_predictor(

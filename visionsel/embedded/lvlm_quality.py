@@ -39,18 +39,24 @@ def generate_answers(
     answers: list[str] = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
-                add_generation_prompt=True,
-            )
-            for prompt in prompts[part]
-        ]
-        inputs = processor(images=list(images[part]), text=texts, return_tensors="pt", padding=True)
-        inputs = inputs.to(model.device)
+        inputs = encode_prompts(processor, images[part], prompts[part]).to(model.device)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def encode_prompts(
+    processor: Any, images: Sequence[Any], prompts: Sequence[str], answers: Sequence[str] | None = None
+) -> Any:
+    """Inputs of the model: one image and one prompt a sample, to be answered or (`answers`) answered."""
+    texts = []
+    for number, prompt in enumerate(prompts):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answers is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
+        texts.append(processor.apply_chat_template(turns, add_generation_prompt=answers is None))
+    return processor(images=list(images), text=texts, return_tensors="pt", padding=True)
 
 
 def caption_scores(captions: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
@@ -157,20 +163,11 @@ def pointing_game(
     try:
         for start in range(0, len(samples), batch_size):
             part = samples[start : start + batch_size]
-            texts = [
-                processor.apply_chat_template(
-                    [
-                        {
-                            "role": "user",
-                            "content": [{"type": "image"}, {"type": "text", "text": CAPTION_PROMPT}],
-                        },
-                        {"role": "assistant", "content": [{"type": "text", "text": s.captions[0]}]},
-                    ]
-                )
-                for s in part
-            ]
-            inputs = processor(
-                images=[s.image for s in part], text=texts, return_tensors="pt", padding=True
+            inputs = encode_prompts(
+                processor,
+                [s.image for s in part],
+                [CAPTION_PROMPT] * len(part),
+                [s.captions[0] for s in part],
             ).to(model.device)
             rows = torch.stack(model(**inputs, output_attentions=True).attentions, 1)
             for b, sample in enumerate(part):  # rows are [B, layers, heads, N, N]

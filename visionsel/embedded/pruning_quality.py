@@ -16,7 +16,7 @@ from typing import Any
 
 from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
 from visionsel.embedded.files import WEIGHTS
-from visionsel.embedded.lvlm_quality import caption_scores, generate_answers, question_scores
+from visionsel.embedded.lvlm_quality import caption_scores, encode_prompts, generate_answers, question_scores
 
 __all__ = ["COLUMNS", "MEASURES", "evaluate_pruning", "plot_rows", "write_rows"]
 
@@ -47,6 +47,7 @@ def evaluate_pruning(
     seed: int = 0,
     batch_size: int = 50,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    trials: int = 60,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Captions, yes/no and referring questions about fresh balanced scenes, with each pruner and without.
@@ -60,6 +61,8 @@ def evaluate_pruning(
         batch_size: prompts that are answered at once.
         settings: further hyperparameters of methods, by name. A method that needs some, such as a net that
             was trained for the model, is left out where it is not asked for by name.
+        trials: schedules that the search of VFlowOpt tries on 16 other scenes, for the rows `vflowopt+`; its
+            published schedules were searched on another model. 0 leaves them out.
         progress: told what is measured next.
 
     Returns:
@@ -95,6 +98,13 @@ def evaluate_pruning(
             say(f"{name} is left out: {error}")
         if name == "prumerge":
             runs.append(("prumerge+", None, kind(plus=True)))
+        elif name == "vflowopt" and trials:
+            for share in (share for share in budgets if share is not None and share < 1):
+                say(f"searching a schedule of vflowopt for {share:g}")
+                try:
+                    runs.append(("vflowopt+", share, _search(model, processor, share, trials, seed + 1)))
+                except ImportError as error:
+                    say(f"vflowopt+ is left out: {error}")
     samples = list(ShapesWorld("balanced", seed, size))
     rows = []
     for number, (name, budget, pruner) in enumerate(runs):
@@ -109,6 +119,20 @@ def evaluate_pruning(
         }
         rows.append({column: row[column] for column in COLUMNS})
     return rows
+
+
+def _search(model: Any, processor: Any, budget: float, trials: int, seed: int) -> Any:
+    """VFlowOpt with a schedule that was searched on this model: captions, and two questions a scene."""
+    from visionsel.multimodal.pruning.vflowopt_search import Ranges, calibrate
+
+    scenes = list(ShapesWorld("balanced", seed, 16))
+    asked = [[CAPTION_PROMPT] * len(scenes)]
+    for shift in (0, 5):
+        pairs = enumerate(scenes)
+        asked.append([scene.questions[(i + shift) % len(scene.questions)].text for i, scene in pairs])
+    samples = [encode_prompts(processor, [scene.image for scene in scenes], prompts) for prompts in asked]
+    ranges = Ranges(threshold=(0.0, 5.0), block=(1.0, 8.0))  # of 8 x 8 tokens
+    return calibrate(model, samples, budget, trials=trials, startup=max(2, trials // 3), ranges=ranges)[0]
 
 
 def _pick(methods: Sequence[str] | None) -> dict[str, Any]:
