@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+OLDEST := .venv-oldest
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart test lint timm-suite embedded bench clean
+.PHONY: help quickstart test test-oldest lint timm-suite embedded bench clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,6 +23,15 @@ quickstart: $(READY)  ## train three backbones on real digits, caption and segme
 test: $(READY) lint  ## lint, timm's own tests on the smallest of each architecture, then all our tests
 	$(BIN)/python -m tests.timm_suite --smallest
 	$(BIN)/python -m pytest --numprocesses auto
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --editable ".[multimodal,train,dev]" "transformers==5.17.*"
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## tests of what touches transformers, on the oldest version that is supported
+	$(OLDEST)/bin/python -m pytest --numprocesses auto tests/multimodal tests/embedded
 
 lint: $(READY)  ## formatting, lint rules and types
 	$(BIN)/ruff format --check .
@@ -40,4 +50,4 @@ bench: $(READY)  ## paired timings of the operators, the models and the pruners
 	$(BIN)/python -m benchmarks.pruning
 
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) quickstart runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) quickstart runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

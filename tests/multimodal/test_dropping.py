@@ -5,6 +5,7 @@ Every equality here has failed silently somewhere: `test_an_engine_with_a_fault_
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,9 +17,11 @@ from tests.multimodal.oracle import MaskOracle, chosen, merged, visual_tokens
 from tests.multimodal.runs import DTYPES, ByAttention, ByScore, Ratios, Run, apart, cache_name, run, tiny
 from tests.multimodal.tiny import DYNAMIC, FAMILIES, QWEN, WITH_VIDEO, grow, make_inputs
 from visionsel.multimodal import dropping
+from visionsel.multimodal.attention import AttentionCall, Output, attention_rows
 from visionsel.multimodal.cache import PrunedLayer, PrunedSlidingLayer
 from visionsel.multimodal.dropping import Dropper
-from visionsel.multimodal.pruning.pruner import Pruner
+from visionsel.multimodal.pruning.pruner import Pruner, Stage, VisualTokens
+from visionsel.multimodal.session import open_session
 
 # largest difference of logits, which reach 10 here
 TOLERANCE = {
@@ -417,6 +420,51 @@ def test_a_plain_forward_gives_the_logits_of_the_tokens_that_are_left(
     assert apart(later.logits, expected_later.logits) <= TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", SOME)
+def test_a_plain_forward_may_be_padded_on_the_right(name: str, layer: int) -> None:
+    model, inputs, ratios = tiny(name), dict(inputs_of(name)), {layer: (0.3, 0.6)}
+    padding = (inputs["attention_mask"] == 0).sum(1).tolist()
+    for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if key in inputs:
+            rows = [row.roll(-n) for row, n in zip(inputs[key], padding, strict=True)]
+            inputs[key] = torch.stack(rows)
+    with torch.no_grad():
+        with ByScore(ratios)(model) as pruned:
+            found = model(**inputs).logits
+        with MaskOracle(model, chosen(inputs, ratios)):
+            expected = model(**inputs).logits
+    state = pruned.record.states[-1]
+    assert state is not None
+    wanted = expected.gather(1, state.columns[..., None].expand_as(found))
+    assert apart(found[state.real], wanted[state.real]) <= TOLERANCE[torch.float64]
+
+
+def test_two_conversations_may_take_turns() -> None:
+    model, ratios = tiny("qwen2_5_vl"), {0: (0.3, 0.6), 2: (0.5,)}
+    one, other = inputs_of("qwen2_5_vl"), make_inputs("qwen2_5_vl", before=(8, 2), seed=5)
+    with ByScore(ratios)(model):
+        expected = later_turn(model, one, run(model, one, 4))
+        first = run(model, one, 4)
+        deltas = model.model.rope_deltas  # the model itself remembers one conversation
+        run(model, other, 4)
+        model.model.rope_deltas = deltas
+        found = later_turn(model, one, first)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("attention", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_pruned_cache_outside_of_any_context_is_read_rightly_or_not_at_all(
+    attention: str, batch: int
+) -> None:
+    model, inputs = tiny("llava", attention), inputs_of("llava", batch, DTYPES[attention])
+    with ByScore({0: (0.3, 0.6)})(model):
+        first = run(model, inputs, 2)
+    with pytest.raises(RuntimeError, match="size"):
+        later_turn(model, inputs, first)
+
+
 @pytest.mark.parametrize("name", every())
 def test_bfloat16_runs_and_is_near(name: str) -> None:
     model, inputs = tiny(name, "sdpa", torch.bfloat16), make_inputs(name, dtype=torch.bfloat16)
@@ -516,3 +564,35 @@ def test_pruners_need_layers_of_their_own() -> None:
         same(model),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", every())
+def test_what_a_layer_would_attend_to_is_known_after_tokens_were_dropped_before(name: str) -> None:
+    model, inputs = tiny(name), inputs_of(name)
+    foreseen: list[Tensor] = []
+    calls: list[AttentionCall] = []
+
+    @dataclass(frozen=True)
+    class Foreseeing(Pruner):
+        def stages(self, layers: int) -> list[Stage]:
+            return [Stage(2, self.select, reads="own")]
+
+        def select(self, tokens: VisualTokens) -> Tensor:
+            foreseen.append(tokens.attention())
+            return tokens.valid
+
+    def watch(call: AttentionCall, kernel: Callable[[AttentionCall], Output]) -> Output:
+        calls.append(call)
+        return kernel(call)
+
+    with open_session(model) as session, session.tap(2, watch):
+        with ByScore({0: (0.3, 0.6)})(model) as pruned, Foreseeing()(model):
+            run(model, inputs, 1)
+        columns = pruned.record.states[2].columns
+    assert len(calls) == 1
+    rows = attention_rows(calls[0])[:, :, -1]  # prompts end at the right
+    for sample, visual in enumerate(visual_tokens(inputs).gather(1, columns)):
+        keep = pruned.record.states[2].real[sample] & visual
+        wanted = rows[sample][:, keep]
+        assert apart(foreseen[0][sample, :, : wanted.shape[1]], wanted) < 1e-12
+        assert not foreseen[0][sample, :, wanted.shape[1] :].any()

@@ -20,6 +20,9 @@ from visionsel.multimodal.pruning.checks import check_keep
 from visionsel.multimodal.pruning.vflowopt import VFlowOpt
 from visionsel.multimodal.pruning.vflowopt_schedule import last_keep, scheduled
 
+# merged tokens come on top of the schedule; where they are many, as with small blocks, a schedule is refused
+ALLOWANCE = 1.1
+
 __all__ = ["Ranges", "Trial", "calibrate"]
 
 Inputs = Mapping[str, Any]
@@ -87,7 +90,8 @@ def calibrate(
 
     Returns:
         the best pruner (the first of several) and the trials in order, without those that no last stage could
-        have brought within the budget.
+        have brought within the budget, and those that merge into so many tokens that a tenth more is left
+        than the budget says, and more than by the first two.
 
     Raises:
         ImportError: without optuna.
@@ -106,19 +110,24 @@ def calibrate(
     with _quiet(optuna):
         sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        for start in _starts(target, bounds):
+        starts = _starts(target, bounds)
+        for start in starts:
             study.enqueue_trial(start)
         whole = [_last_hidden(model, sample) for sample in samples]
         tried: list[Trial] = []
+        limit = ALLOWANCE * target
         for number in range(trials):
             proposal = study.ask()
             values = {name: proposal.suggest_float(name, *bound) for name, bound in bounds.items()}
             pruner = _pruner(base, target, values, depth)
-            if pruner is None:
+            agreement, share = (0.0, 1.0) if pruner is None else _agreement(model, samples, whole, pruner)
+            if pruner is not None and number < len(starts):  # known schedules, whatever merging adds to them
+                limit = max(limit, share)
+            if pruner is None or share > limit:
                 study.tell(proposal, state=optuna.trial.TrialState.PRUNED)
             else:
-                tried.append(Trial(pruner, _agreement(model, samples, whole, pruner)))
-                study.tell(proposal, tried[-1].agreement)
+                tried.append(Trial(pruner, agreement))
+                study.tell(proposal, agreement)
             if progress is not None:
                 progress(number + 1, _best(tried))
     best = _best(tried)
@@ -192,13 +201,18 @@ def _pruner(base: VFlowOpt, target: float, values: Mapping[str, float], depth: i
     )
 
 
-def _agreement(model: Any, samples: Sequence[Inputs], whole: Sequence[Tensor], pruner: VFlowOpt) -> float:
-    """Sum of the cosine similarities with the runs that drop nothing."""
-    total = 0.0
-    with pruner(model):
+def _agreement(
+    model: Any, samples: Sequence[Inputs], whole: Sequence[Tensor], pruner: VFlowOpt
+) -> tuple[float, float]:
+    """Sum of the cosine similarities with the runs that drop nothing, and what part of the tokens is left."""
+    total = left = full = 0.0
+    with pruner(model) as pruned:
         for sample, expected in zip(samples, whole, strict=True):
             total += float(torch.cosine_similarity(_last_hidden(model, sample), expected, dim=1).sum())
-    return total
+            report = pruned.report()
+            left += report.equivalent_tokens * len(expected)
+            full += report.full_tokens * len(expected)
+    return total, left / full
 
 
 @torch.no_grad()
