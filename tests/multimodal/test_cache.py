@@ -43,6 +43,12 @@ def pruned(kind: str, real: bool = True) -> Any:
     return layer
 
 
+def write(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """As a decoder layer does inside the context of a pruner."""
+    layer.expected = True
+    return layer.update(keys, values)
+
+
 def places(layer: Any) -> list[list[int]]:
     assert torch.equal(layer.keys, -layer.values)
     found: list[list[int]] = layer.keys[:, 0, :, 0].long().tolist()
@@ -57,7 +63,7 @@ def test_the_length_counts_what_was_dropped(kind: str) -> None:
     assert layer.get_mask_sizes(3) == (13, 0)
     assert layer.dropped.number == 5
     new = torch.tensor([[10, 11]]).expand(2, -1)
-    keys, values = layer.update(tokens(new), -tokens(new))
+    keys, values = write(layer, tokens(new), -tokens(new))
     assert keys.shape[2] == values.shape[2] == 7
     assert layer.get_seq_length() == 12
     assert places(layer) == [[0, 2, 5, 8, 9, 10, 11], [1, 2, 6, 8, 9, 10, 11]]
@@ -67,7 +73,7 @@ def test_the_length_counts_what_was_dropped(kind: str) -> None:
 def test_cropping_takes_what_was_written_after_the_prompt(kind: str) -> None:
     layer = pruned(kind)
     new = torch.arange(10, 14).expand(2, -1)
-    layer.update(tokens(new), -tokens(new))
+    write(layer, tokens(new), -tokens(new))
     layer.crop(0)
     layer.crop(-1)
     assert layer.get_seq_length() == 13
@@ -91,7 +97,7 @@ def test_cropping_may_take_the_last_tokens_of_the_prompt_itself(kind: str) -> No
     assert layer.dropped.real.tolist() == [[True] * 3, [False, True, True]]
     assert not layer.dropped.complete
     new = torch.tensor([[8], [8]])
-    layer.update(tokens(new), -tokens(new))
+    write(layer, tokens(new), -tokens(new))
     assert layer.get_seq_length() == 9
 
 
@@ -160,10 +166,10 @@ def test_layers_of_other_kinds_are_refused() -> None:
 def test_a_full_window_is_refused() -> None:
     layer = pruned("sliding")
     new = torch.arange(10, 16).expand(2, -1)
-    layer.update(tokens(new), -tokens(new))
+    write(layer, tokens(new), -tokens(new))
     assert layer.get_seq_length() == 16
     with pytest.raises(NotImplementedError, match="17 tokens pass the sliding window of 16"):
-        layer.update(tokens(new[:, :1]), -tokens(new[:, :1]))
+        write(layer, tokens(new[:, :1]), -tokens(new[:, :1]))
 
 
 def test_a_cache_tells_how_many_tokens_each_layer_has_seen() -> None:

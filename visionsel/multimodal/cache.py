@@ -91,6 +91,13 @@ class PrunedLayer(DynamicLayer):
     """A `DynamicLayer` whose length counts the tokens that were dropped."""
 
     dropped: Dropped
+    expected = False  # whether the hook before the decoder layer has seen to the mask of this forward
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        check_expected(self, key_states.shape[-2])
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()
@@ -128,10 +135,12 @@ class PrunedSlidingLayer(DynamicSlidingWindowLayer):
     """A `DynamicSlidingWindowLayer` after pruning; `cumulative_length` counts what was dropped."""
 
     dropped: Dropped
+    expected = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        check_expected(self, key_states.shape[-2])
         if self.cumulative_length + key_states.shape[-2] > self.sliding_window:
             raise NotImplementedError(
                 f"{self.cumulative_length + key_states.shape[-2]} tokens pass the sliding window of "
@@ -150,6 +159,20 @@ class PrunedSlidingLayer(DynamicSlidingWindowLayer):
         """Forget everything: an ordinary layer again."""
         restore_layer(self)
         self.reset()
+
+
+def check_expected(layer: PrunedLayer | PrunedSlidingLayer, queries: int) -> None:
+    """Refuse a forward that knows nothing of what was dropped, where it would need a mask that does.
+
+    Raises:
+        RuntimeError: outside of the context of a pruner.
+    """
+    if not layer.expected and (queries > 1 or not layer.dropped.complete):
+        raise RuntimeError(
+            "this cache holds a pruned prompt, and masks must know what was dropped: go on inside the context "
+            "of a pruner, with any keep"
+        )
+    layer.expected = False
 
 
 def mark_dropped(layer: Any, dropped: Dropped) -> None:

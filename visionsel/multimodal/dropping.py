@@ -170,9 +170,11 @@ class Dropper:
                     return (hidden, *args[1:]), changed
                 return args, {**changed, "hidden_states": hidden}
             cache = cache_of(kwargs)
-            state = getattr(cache.layers[number], "dropped", None) if cache is not None else None
+            layer: Any = cache.layers[number] if cache is not None else None
+            state = getattr(layer, "dropped", None)
             if state is None:
                 return None
+            layer.expected = True
             return args, {**kwargs, "attention_mask": self._later_mask(number, state, args, kwargs)}
 
         return hook

@@ -106,7 +106,9 @@ def test_the_stage_stands_at_the_input_and_reads_the_tower() -> None:
     attention, features, valid = draw()
     (stage,) = VisPruner(keep=0.4, important=0.25).stages(1)
     assert (stage.layer, stage.reads, stage.tower, stage.tower_layer) == (0, None, True, None)
-    tokens = SimpleNamespace(tower_attention=lambda: attention, mergeable=lambda: (features, None), valid=valid)
+    tokens = SimpleNamespace(
+        tower_attention=lambda: attention, mergeable=lambda: (features, None), valid=valid
+    )
     expected = vispruner.select(attention, features, 0.4, 0.25, valid)
     assert stage.select(tokens).equal(expected)  # type: ignore[arg-type]
 
