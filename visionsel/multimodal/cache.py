@@ -169,8 +169,8 @@ def check_expected(layer: PrunedLayer | PrunedSlidingLayer, queries: int) -> Non
     """
     if not layer.expected and (queries > 1 or not layer.dropped.complete):
         raise RuntimeError(
-            "this cache holds a pruned prompt, and masks must know what was dropped: go on inside the context "
-            "of a pruner, with any keep"
+            "this cache holds a pruned prompt, and masks must know what was dropped: go on inside the "
+            "context of a pruner, with any keep"
         )
     layer.expected = False
 

@@ -3,8 +3,8 @@
 Zhang et al. 2024, "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs",
 arXiv:2412.01818.
 
-What differs from the release: an odd number of remaining tokens is allowed. Where a family's projector does not
-work on single tokens, similarity is measured behind it.
+What differs from the release: an odd number of remaining tokens is allowed. Where a family's projector does
+not work on single tokens, similarity is measured behind it.
 """
 
 import math
