@@ -22,6 +22,9 @@ EPILOG = {
     "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
     "generate": "example: visionsel generate scene.png 'describe the image.' --prune fastv:keep=0.25,layer=1",
     "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
+    "chair": "example: visionsel evaluate chair llava.jsonl --instances instances_val2014.json "
+    "--references captions_val2014.json",
+    "pope": "example: visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json",
     "predict": "example: visionsel predict cat.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
 }
 
@@ -170,6 +173,54 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
     pruning.set_defaults(run=_evaluate_pruning)
+
+    chair = evaluate.add_parser(
+        "chair",
+        parents=[common],
+        help="which objects captions invent (CHAIR), beside their recall and length",
+        epilog=EPILOG["chair"],
+    )
+    chair.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="captions: JSON lines of image_id and caption"
+    )
+    chair.add_argument(
+        "--instances", nargs="+", type=Path, default=[], metavar="FILE", help="COCO's annotated objects"
+    )
+    chair.add_argument(
+        "--references",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="COCO's captions by people; CHAIR counts the objects of both",
+    )
+    chair.add_argument(
+        "--synonyms",
+        metavar="FILE",
+        help='a table of your own, or "shapes" for the shapes world (default: the 80 COCO classes)',
+    )
+    chair.add_argument(
+        "--parser",
+        default="nouns",
+        help="nouns, or one of published numbers: pattern (2018), wordnet (its ports) (default: nouns)",
+    )
+    chair.set_defaults(run=_evaluate_chair)
+
+    pope = evaluate.add_parser(
+        "pope",
+        parents=[common],
+        help="whether a model says yes to objects that are not there (POPE), beside its share of yes",
+        epilog=EPILOG["pope"],
+    )
+    pope.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="answers: JSON lines of answer, in the order of the questions or with their question_id",
+    )
+    pope.add_argument("--questions", type=Path, required=True, metavar="FILE", help="as POPE releases them")
+    pope.set_defaults(run=_evaluate_pope)
     return parser
 
 
@@ -340,6 +391,66 @@ def _evaluate_pruning(options: argparse.Namespace) -> None:
             for row in rows
         ],
     )
+
+
+def _evaluate_chair(options: argparse.Namespace) -> None:
+    from visionsel.multimodal.evaluation import (
+        Hallucination,
+        chair,
+        files,
+        read_synonyms,
+        shapes_synonyms,
+        table,
+    )
+
+    synonyms = None
+    if options.synonyms is not None:
+        synonyms = shapes_synonyms() if options.synonyms == "shapes" else read_synonyms(options.synonyms)
+    objects: dict[int, set[str]] = {}
+    for kind, paths in (("instances", options.instances), ("captions", options.references)):
+        for path in paths:
+            content = {kind: files.read_coco(path)}
+            for image, names in chair.ground_truth(
+                **content, synonyms=synonyms, parser=options.parser
+            ).items():
+                objects.setdefault(image, set()).update(names)
+    if not options.instances and not options.references:
+        raise ValueError("give the objects of the images: --instances, --references, or (as CHAIR does) both")
+    results = {}
+    for path in options.files:
+        rows = files.read_captions(path)
+        ids = [int(row["image_id"]) if str(row["image_id"]).isdecimal() else row["image_id"] for row in rows]
+        if missing := [image for image in ids if image not in objects]:
+            raise ValueError(f"{path}: no annotations of {len(missing)} images, such as {missing[0]}")
+        results[str(path)] = chair.score(
+            [row["caption"] for row in rows], [objects[image] for image in ids], synonyms, options.parser
+        )
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    print(table({name: Hallucination.of(chair=scores) for name, scores in results.items()}))
+    print(f"\nparser: {options.parser}; invented most:")
+    for name, scores in results.items():
+        most = [f"{thing} {count}" for thing, count in list(scores["invented"].items())[:8]]
+        print(f"  {name}: {', '.join(most) or 'nothing'}")
+
+
+def _evaluate_pope(options: argparse.Namespace) -> None:
+    from visionsel.multimodal.evaluation import Hallucination, files, pope, table
+
+    asked = files.read_questions(options.questions)
+    labels = [row["label"] for row in asked]
+    results = {}
+    for path in options.files:
+        try:
+            answers = files.match_answers(files.read_answers(path), asked)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        results[str(path)] = pope.score(answers, labels)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print(table({name: Hallucination.of(pope=scores) for name, scores in results.items()}))
 
 
 def _show_progress(done: int, total: int) -> None:
