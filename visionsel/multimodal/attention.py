@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["AttentionCall", "attention_rows", "tapped"]
+__all__ = ["AttentionCall", "attention_logits", "attention_rows", "tapped"]
 
 _NUMBERS = itertools.count()
 _BASES: dict[str, str | None] = {}  # for each name of ours, what stood in the configuration before it
@@ -162,6 +162,22 @@ def attention_rows(call: AttentionCall, rows: Tensor | None = None) -> Tensor:
     Raises:
         NotImplementedError: for a mask in a form that is not known.
     """
+    return attention_logits(call, rows).softmax(-1).nan_to_num(0.0)
+
+
+def attention_logits(call: AttentionCall, rows: Tensor | None = None) -> Tensor:
+    """What the softmax of `attention_rows` is over: scaled, capped, -inf where a query does not see.
+
+    Args:
+        call: of a kernel.
+        rows: int64 `[B, t]` places of the queries in this call; None: all.
+
+    Returns:
+        `[B, heads, t, k]`, float32 (float64 where the model is).
+
+    Raises:
+        NotImplementedError: for a mask in a form that is not known.
+    """
     query, key = call.query, call.key
     wide = torch.promote_types(query.dtype, torch.float32)
     q, k = query.shape[2], key.shape[2]
@@ -197,4 +213,4 @@ def attention_rows(call: AttentionCall, rows: Tensor | None = None) -> Tensor:
             logits = logits.masked_fill(~mask[:, None, None, :k].bool(), -torch.inf)
     else:
         raise NotImplementedError(f"a mask with {mask.ndim} axes; expected none, 2 or 4")
-    return logits.softmax(-1).nan_to_num(0.0)
+    return logits

@@ -117,7 +117,11 @@ class Dropper:
             dropper._install()
         added = {point.layer: point for point in points}
         dropper.points |= added
-        ends = [session.tap(point.layer - 1, dropper._keep_call) for point in points if point.previous]
+        ends = [
+            session.tap(point.layer - 1, dropper._keep_call, everywhere=True)
+            for point in points
+            if point.previous
+        ]
         for end in ends:
             end.__enter__()
         try:
@@ -130,7 +134,8 @@ class Dropper:
 
     def _install(self) -> None:
         stack = self.session._stack
-        stack.callback(self.session.watch(self._begin))
+        stack.callback(self.session.watch(self._begin, everywhere=True))
+        stack.callback(self.session.hold(self._hold))
         for number, layer in enumerate(self.session.layers):
             hook = layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
             stack.callback(hook.remove)
@@ -144,6 +149,15 @@ class Dropper:
         if scope.prefill:
             self._state = self._previous = None
             self.record = Record(scope, [], [None] * len(self.session.layers), [])
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        """Another prompt is pruned like the main one; what is told is about the main one."""
+        record, state, previous = self.record, self._state, self._previous
+        try:
+            yield
+        finally:
+            self.record, self._state, self._previous, self._gathered = record, state, previous, {}
 
     def _keep_call(self, call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
         if self.session.scope is not None and self.session.scope.prefill:

@@ -8,7 +8,7 @@ here; models and their classes carry none.
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,10 @@ class Session:
         decoder: its language model, below the head.
         layers: the decoder layers.
         scope: of the forward that runs, or of the last one; None before the first.
+        aside: whether the forward that runs is of another prompt than the one that is answered (see
+            `beside`). What keeps state from one forward to the next must look here, or leave it alone.
+        untapped: whether decoder layers run for another purpose than the forward, and all taps are passed
+            over.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,17 +49,20 @@ class Session:
         self.decoder = cast(Any, self.family.decoder(model))
         self.layers: list[Any] = list(self.decoder.layers)
         self.scope: PromptScope | None = None
+        self.aside = False
+        self.untapped = False
         self.shared: dict[str, Any] = {}  # what interventions of one kind have together
         self._users = 0
         self._stack = ExitStack()
         self._drafted = 0
         self._encoded: dict[str, Encoded] = {}
-        self._taps: dict[int, list[Attend]] = {}
+        self._taps: dict[int, list[tuple[Attend, bool]]] = {}
+        self._holds: list[Callable[[], AbstractContextManager[None]]] = []
         self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
         self._observers: set[int] = set()
         self._projected: Tensor | None = None
         self._encoding = False
-        self._watches: list[Callable[[PromptScope], None]] = []
+        self._watches: list[tuple[Callable[[PromptScope], None], bool]] = []
 
     def open(self) -> None:
         """Hook the model; nothing of what it computes changes by that."""
@@ -88,7 +95,7 @@ class Session:
                 "interventions change what the model reads, so its loss on labels is not what it says; leave "
                 "the context for training"
             )
-        # assisted decoding sends its first candidates with the prompt, and wants a logit for each
+        # assisted decoding sends candidates along, the first with the prompt, and wants a logit for each
         logits = kwargs.get("logits_to_keep")
         self._drafted = logits - 1 if isinstance(logits, int) and logits > 1 else 0
 
@@ -138,7 +145,7 @@ class Session:
                 f"{self.family.name} takes its positions from mm_token_type_ids; without them they are "
                 "wrong. Pass all that the processor returns"
             )
-        drafted, self._drafted = self._drafted if prefill else 0, 0
+        drafted, self._drafted = self._drafted, 0
         self.scope = PromptScope(self.model, self.family, ids, visual & real, real, prefill, drafted=drafted)
 
     def _decode(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,13 +154,40 @@ class Session:
             raise NotImplementedError("the decoder was called by itself; call the model")
         if self.scope.prefill:
             self.scope.encoded, self._encoded = self._encoded, {}
-        for watch in self._watches:
-            watch(self.scope)
+        for watch, everywhere in self._watches:
+            if everywhere or not self.aside:
+                watch(self.scope)
 
-    def watch(self, function: Callable[[PromptScope], None]) -> Callable[[], None]:
-        """Call a function before each forward of the decoder, in the order of entry; returns what ends it."""
-        self._watches.append(function)
-        return lambda: self._watches.remove(function)
+    def watch(self, function: Callable[[PromptScope], None], everywhere: bool = False) -> Callable[[], None]:
+        """Call a function before each forward of the decoder, in the order of entry; returns what ends it.
+
+        Args:
+            function: gets the scope.
+            everywhere: also for prompts that run beside the main one.
+        """
+        entry = (function, everywhere)
+        self._watches.append(entry)
+        return lambda: self._watches.remove(entry)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run forwards of another prompt between those of the main one, which does not notice.
+
+        Taps and watches that were not installed with `everywhere` are passed over meanwhile.
+        """
+        scope, aside, self.aside = self.scope, self.aside, True
+        with ExitStack() as stack:
+            for hold in self._holds:
+                stack.enter_context(hold())
+            try:
+                yield
+            finally:
+                self.scope, self.aside = scope, aside
+
+    def hold(self, context: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+        """Enter a context around each `beside`, such as puts state back; returns what ends it."""
+        self._holds.append(context)
+        return lambda: self._holds.remove(context)
 
     def _recorder(self, modality: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         """Remember how the vision tower was called, and what its observed layers attended to."""
@@ -180,20 +214,21 @@ class Session:
     # attention
 
     @contextmanager
-    def tap(self, layer: int, function: Attend) -> Iterator[None]:
+    def tap(self, layer: int, function: Attend, everywhere: bool = False) -> Iterator[None]:
         """Send the attention calls of a decoder layer through a function, before those tapped earlier.
 
         Args:
             layer: number of the decoder layer.
             function: gets the call and what continues it, gives what the kernel gives.
+            everywhere: also for prompts that run beside the main one.
         """
         self.tap_decoder()
-        functions = self._taps.setdefault(layer, [])
-        functions.append(function)
+        functions, entry = self._taps.setdefault(layer, []), (function, everywhere)
+        functions.append(entry)
         try:
             yield
         finally:
-            functions.remove(function)
+            functions.remove(entry)
 
     def tap_decoder(self) -> None:
         """Install the tap of the decoder's attention, once."""
@@ -206,9 +241,12 @@ class Session:
 
     def _through(self, layer: int) -> Callable[[AttentionCall], Output]:
         def attend(call: AttentionCall) -> Output:
+            if self.untapped:
+                return call.run()[0], None  # no weights, which transformers would collect
             run: Callable[[AttentionCall], Output] = AttentionCall.run
-            for function in self._taps.get(layer, ()):
-                run = _chain(function, run)
+            for function, everywhere in self._taps.get(layer, ()):
+                if everywhere or not self.aside:
+                    run = _chain(function, run)
             return run(call)
 
         return attend
@@ -234,7 +272,7 @@ class Session:
             found.append(call)
             raise _ProbedError
 
-        with self.tap(layer, stop):
+        with self.tap(layer, stop, everywhere=True):
             try:
                 module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
             except _ProbedError:

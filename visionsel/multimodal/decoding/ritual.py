@@ -1,0 +1,50 @@
+"""RITUAL: what the model says to a transformed image counts too (Woo et al. 2024).
+
+Source: arXiv 2405.17821 and its released code, with the defaults for LLaVA-1.5: sampling at temperature 1.
+Two equal views sharpen to temperature `1 / (1 + alpha)`, so compare with that, and with greedy decoding.
+RITUAL+, where the model chooses the transform, is not here; `view` may do it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from visionsel.multimodal.decoding.two_view import TwoView, View, Views, agree, check_beta
+from visionsel.multimodal.decoding.views import RandomTransform
+from visionsel.multimodal.intervention import Intervention
+from visionsel.multimodal.session import Session
+
+__all__ = ["Ritual"]
+
+
+@dataclass(frozen=True)
+class Ritual(Intervention):
+    """Adds the logits of a transformed image: `z + alpha z'`.
+
+    Args:
+        alpha: how strongly; 0: everything is as without RITUAL.
+        beta: tokens less probable than `beta` times the most probable one are out; 0: all are in.
+        view: of the inputs of `generate()`; None: `RandomTransform.of(model)`, from all six of the paper.
+            Flips, rotations and colours change what is true of places, colours and letters: for such
+            questions pass `RandomTransform.of(model, kinds=("blur", "crop"))`; and pass `processor=` to it
+            where the pixels are not normalised as is usual for the family.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    alpha: float = 3.0
+    beta: float = 0.1
+    view: View | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be 0 or more, got {self.alpha}")
+        check_beta(self.beta)
+
+    @contextmanager
+    def attach(self, session: Session) -> Iterator[Views]:
+        """See `Intervention`; yields the second view's side."""
+        view = RandomTransform.of(session.model) if self.view is None else self.view
+        with TwoView(view, agree(self.alpha), self.beta).attach(session) as views:
+            yield views
