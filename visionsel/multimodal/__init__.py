@@ -19,7 +19,19 @@ except ImportError as error:
         'visionsel.multimodal needs transformers: pip install "visionsel[multimodal]"'
     ) from error
 
+from visionsel.multimodal import evaluation
+from visionsel.multimodal.decoding import AGLA, ICD, M3ID, VCD, Ritual, TwoView
 from visionsel.multimodal.intervention import Intervention, Stack
+from visionsel.multimodal.modulation import (
+    ACT,
+    MODULATORS,
+    PAI,
+    VAR,
+    VHR,
+    GroundingHeads,
+    HeadImportance,
+    head_importance,
+)
 from visionsel.multimodal.pruning import (
     DART,
     PRUNERS,
@@ -43,12 +55,23 @@ from visionsel.multimodal.pruning import (
 from visionsel.multimodal.timm_tower import TimmTower, TimmTowerConfig
 
 __all__ = [
+    "ACT",
+    "AGLA",
     "DART",
+    "ICD",
+    "M3ID",
+    "MODULATORS",
+    "PAI",
     "PRUNERS",
+    "VAR",
+    "VCD",
+    "VHR",
     "CDPruner",
     "DivPrune",
     "ExplainPrune",
     "FastV",
+    "GroundingHeads",
+    "HeadImportance",
     "HoloV",
     "Intervention",
     "PoolPrune",
@@ -56,13 +79,17 @@ __all__ = [
     "PruMerge",
     "PyramidDrop",
     "RandomPrune",
+    "Ritual",
     "SparseVLM",
     "Stack",
     "TimmTower",
     "TimmTowerConfig",
+    "TwoView",
     "UniformPrune",
     "VFlowOpt",
     "VisPruner",
     "VisionZip",
     "Yopo",
+    "evaluation",
+    "head_importance",
 ]

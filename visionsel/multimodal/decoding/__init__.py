@@ -7,9 +7,11 @@ from visionsel.multimodal.decoding.ritual import Ritual
 from visionsel.multimodal.decoding.two_view import TwoView, agree, contrast, guidance
 from visionsel.multimodal.decoding.vcd import VCD
 from visionsel.multimodal.decoding.views import DiffusionNoise, Disturbance, RandomTransform, RemoveImages
+from visionsel.multimodal.intervention import Intervention
 
 __all__ = [
     "AGLA",
+    "DECODERS",
     "ICD",
     "M3ID",
     "VCD",
@@ -23,3 +25,5 @@ __all__ = [
     "contrast",
     "guidance",
 ]
+
+DECODERS: list[type[Intervention]] = [VCD, ICD, M3ID, Ritual, AGLA]
