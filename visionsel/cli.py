@@ -22,6 +22,7 @@ EPILOG = {
     "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
     "generate": "example: visionsel generate scene.png 'describe the image.' --prune fastv:keep=0.25,layer=1",
     "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
+    "hallucination": "example: visionsel evaluate hallucination --methods vhr vcd --seeds 0 1 2",
     "chair": "example: visionsel evaluate chair llava.jsonl --instances instances_val2014.json "
     "--references captions_val2014.json",
     "pope": "example: visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json",
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser(
         "generate",
         parents=[common],
-        help="answer about an image, with fewer image tokens if wished",
+        help="answer about an image; if wished with fewer image tokens, or with methods against invention",
         epilog=EPILOG["generate"],
     )
     generate.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
@@ -98,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="SPEC",
         help="methods with their settings, such as fastv:keep=0.25,layer=2; several work together",
+    )
+    generate.add_argument(
+        "--modulate",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SPEC",
+        help="methods that change attention or heads, such as vhr:alpha=2 or pai; several work together",
+    )
+    generate.add_argument(
+        "--decode", metavar="SPEC", help="a method that decodes with two views, such as vcd:alpha=1 or m3id"
     )
     generate.add_argument("--max-new-tokens", type=int, default=64, help="of the answer (default: 64)")
     generate.add_argument("--out", type=Path, metavar="PICTURE", help="draw which patches were kept")
@@ -173,6 +185,29 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
     pruning.set_defaults(run=_evaluate_pruning)
+
+    hallucination = evaluate.add_parser(
+        "hallucination",
+        parents=[common],
+        help="what methods against invention give, and cost, on the vision-language model of the package",
+        epilog=EPILOG["hallucination"],
+    )
+    hallucination.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="modulators and two-view decoders (default: all)"
+    )
+    hallucination.add_argument(
+        "--size", type=int, default=200, help="scenes of each seed (default: 200, some minutes)"
+    )
+    hallucination.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="SEED",
+        help="of the scenes; several give mean and range (default: 0)",
+    )
+    hallucination.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    hallucination.set_defaults(run=_evaluate_hallucination)
 
     chair = evaluate.add_parser(
         "chair",
@@ -299,7 +334,14 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     model, processor = load_lvlm(options.model, options.device)
     result = generate_answer(
-        model, processor, options.image, options.prompt, options.prune, options.max_new_tokens
+        model,
+        processor,
+        options.image,
+        options.prompt,
+        options.prune,
+        options.max_new_tokens,
+        options.modulate,
+        options.decode,
     )
     if options.json:
         print(json.dumps({"answer": result.answer, "report": result.report.to_dict()}, indent=2))
@@ -390,6 +432,35 @@ def _evaluate_pruning(options: argparse.Namespace) -> None:
             ]
             for row in rows
         ],
+    )
+
+
+def _evaluate_hallucination(options: argparse.Namespace) -> None:
+    from visionsel.embedded import load_lvlm
+    from visionsel.embedded.hallucination_quality import MEASURES, evaluate_hallucination, write_rows
+
+    rows = evaluate_hallucination(
+        *load_lvlm(),
+        options.methods,
+        options.size,
+        options.seeds,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+    )
+    if options.csv is not None:
+        write_rows(rows, options.csv)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+
+    def show(row: dict[str, Any], measure: str) -> str:
+        digits = {"length": 1, "mentions": 2}.get(measure, 3)
+        values = [row[measure + end] for end in ("", "_low", "_high")]
+        mean, *ends = (f"{value:.{digits}f}" for value in values if value is not None)
+        return f"{mean} ({'-'.join(ends)})" if ends else mean
+
+    _print_table(
+        ["method", *MEASURES.values()],
+        [[row["method"], *(show(row, measure) for measure in MEASURES)] for row in rows],
     )
 
 

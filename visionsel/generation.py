@@ -1,7 +1,7 @@
-"""Answers of vision-language models about an image, pruned or not; what `visionsel generate` does."""
+"""Answers of vision-language models about an image, with interventions or without: `visionsel generate`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def generate_answer(
     prompt: str,
     prune: Sequence[str] = (),
     max_new_tokens: int = 64,
+    modulate: Sequence[str] = (),
+    decode: str | None = None,
 ) -> Answer:
     """Ask a model about an image, greedily.
 
@@ -76,28 +78,48 @@ def generate_answer(
         prompt: what to say to the model; it becomes the user's turn of the model's chat template.
         prune: pruners as text, such as `"fastv:keep=0.25,layer=2"`; all of them work together.
         max_new_tokens: after which the answer is cut.
+        modulate: methods that change attention or heads, such as `"vhr:alpha=2"`; all of them, with the
+            pruners.
+        decode: a method of decoding with two views, such as `"vcd:alpha=1"`.
 
     Raises:
         FileNotFoundError: when there is no such image.
-        ValueError: for a file that is no image, an unknown pruner, or one that does not fit the model.
+        ValueError: for a file that is no image, an unknown method, or one that does not fit the model or
+            does not go together with the others.
     """
+    from visionsel.multimodal.decoding import DECODERS
     from visionsel.multimodal.intervention import Stack, parse
+    from visionsel.multimodal.modulation import MODULATORS
     from visionsel.multimodal.pruning import PRUNERS
     from visionsel.multimodal.pruning.random import RandomPrune
 
     # keeping everything changes nothing, but the report counts
-    pruners = Stack(*(parse(text, PRUNERS) for text in prune)) if prune else Stack(RandomPrune(keep=1.0))
+    methods = [parse(text, PRUNERS) for text in prune] or [RandomPrune(keep=1.0)]
+    methods += [parse(text, MODULATORS) for text in modulate]
+    if decode is not None:
+        methods.append(_with_view(parse(decode, DECODERS), model, processor))
     picture = _open(image)
     inputs = processor(images=[picture], text=[_chat(processor, prompt)], return_tensors="pt").to(
         model.device
     )
     if torch.is_floating_point(pixels := inputs["pixel_values"]):
         inputs["pixel_values"] = pixels.to(model.dtype)
-    with pruners(model) as (pruned, *_):
+    with Stack(*methods)(model) as (pruned, *_):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     answer = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     return Answer(answer, pruned.report(), pruned, picture, processor)
+
+
+def _with_view(decoder: Any, model: Any, processor: Any) -> Any:
+    """The decoder with its own kind of view, made with what the processor knows better than the model."""
+    from visionsel.multimodal.decoding import ICD, Disturbance, RandomTransform, Ritual
+
+    if isinstance(decoder, ICD) and decoder.view is None:
+        return replace(decoder, view=Disturbance.of(processor.tokenizer))
+    if isinstance(decoder, Ritual) and decoder.view is None:
+        return replace(decoder, view=RandomTransform.of(model, processor=processor))
+    return decoder
 
 
 def _open(image: str | Path | Image.Image) -> Image.Image:

@@ -1,19 +1,23 @@
-"""`visionsel generate` and `visionsel evaluate pruning`, as a shell would call them."""
+"""`visionsel generate`, `evaluate pruning` and `evaluate hallucination`, as a shell would call them."""
 
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from visionsel.cli import main
 from visionsel.data.shapes import CAPTION_PROMPT, ShapesWorld
-from visionsel.embedded import load_lvlm
+from visionsel.embedded import hallucination_quality, load_lvlm
 from visionsel.embedded.files import WEIGHTS
 from visionsel.embedded.lvlm_quality import generate_answers
 from visionsel.embedded.pruning_quality import COLUMNS
+from visionsel.generation import generate_answer
 from visionsel.multimodal import pruning
+from visionsel.multimodal.decoding import VCD, Disturbance, RandomTransform, TwoView
+from visionsel.multimodal.modulation import PAI, VHR
 from visionsel.multimodal.pruning.fastv import FastV
 from visionsel.multimodal.pruning.random import RandomPrune
 from visionsel.multimodal.pruning.uniform import UniformPrune
@@ -59,6 +63,58 @@ def test_generate_prunes_by_one_or_several_methods_and_draws_it(
         assert picture.width > 384
 
 
+def test_generate_modulates_decodes_and_prunes_at_once(
+    scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(scene), CAPTION_PROMPT, "--device", "cpu", "--prune", "random:keep=0.5"]
+    methods = ["--modulate", "vhr:alpha=3.0", "pai:alpha=0.9,layers=(1,2,3)", "--decode", "vcd:alpha=2.0"]
+    assert main([*command, *methods, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["report"]["visual_tokens"] == [32, 32, 32, 32]
+    model, processor = load_lvlm()
+    with (
+        Image.open(scene) as image,
+        RandomPrune(0.5)(model),
+        VHR(3.0)(model),
+        PAI(0.9, (1, 2, 3))(model),
+        VCD(2.0)(model),
+    ):
+        answers = generate_answers(model, processor, [image.convert("RGB")], [CAPTION_PROMPT])
+    assert result["answer"] == answers[0].strip()
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ["--modulate", "grounding_heads:heads={1:[0,3],2:[1]},strength=1.0", "--modulate", "pai:alpha=0"],
+        ["--decode", "ritual:alpha=0"],
+        ["--decode", "m3id:decay=0"],
+    ],
+)
+def test_methods_without_strength_leave_the_answer(
+    methods: list[str], scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(scene), CAPTION_PROMPT, "--device", "cpu"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, *methods]) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_decoders_get_the_tokenizer_and_the_statistics_of_the_processor(
+    scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views: list[Any] = []
+    monkeypatch.setattr(TwoView, "__post_init__", lambda self: views.append(self.view))
+    model, processor = load_lvlm()
+    ours = [Disturbance.of(processor.tokenizer), RandomTransform.of(model, processor=processor)]
+    assert ours[1] != RandomTransform.of(model)
+    model.name_or_path = ""  # as that of a model which was not loaded
+    for name in ("icd", "ritual"):
+        generate_answer(model, processor, scene, CAPTION_PROMPT, max_new_tokens=1, decode=name)
+    assert views == ours
+
+
 def test_an_answer_is_cut_where_asked(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(scene), CAPTION_PROMPT, "--max-new-tokens", "2", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["answer"].split()) <= 2
@@ -80,6 +136,15 @@ def test_an_answer_is_cut_where_asked(scene: Path, capsys: pytest.CaptureFixture
             ["SCENE", "hello", "--prune", "fastv", "random:keep=0.5,layer=2"],
             "two interventions drop tokens before layer 2",
         ),
+        (
+            ["SCENE", "hello", "--modulate", "fastv"],
+            "no method is called 'fastv'; there are vhr, var, act, pai",
+        ),
+        (["SCENE", "hello", "--modulate", "vhr:alpha=0"], "alpha must be a positive number"),
+        (["SCENE", "hello", "--modulate", "vhr", "vhr"], "VHR is on this model already"),
+        (["SCENE", "hello", "--decode", "vhr"], "no method is called 'vhr'; there are vcd, icd, m3id"),
+        (["SCENE", "hello", "--decode", "vcd:beta=2"], "beta is a ratio of probabilities"),
+        (["SCENE", "hello", "--decode", "agla"], "AGLA needs a view"),
         (["SCENE", "hello", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     ],
 )
@@ -127,3 +192,38 @@ def test_evaluate_pruning_refuses_what_does_not_exist(capsys: pytest.CaptureFixt
     assert "no method is called magic; there are random, uniform, fastv" in capsys.readouterr().err
     assert main(["evaluate", "pruning", "--keep", "1.5"]) == 1
     assert "budget must be a ratio in (0, 1]" in capsys.readouterr().err
+
+
+def test_evaluate_hallucination_prints_and_writes_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "new" / "hallucination.csv"
+    command = ["evaluate", "hallucination", "--methods", "pai", "vcd", "--size", "2"]
+    assert main([*command, "--csv", str(table)]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    header = ["method", "CHAIR_I", "CHAIR_S", "recall", "words", "mentions", "accuracy", "F1", "yes"]
+    assert lines[0].split() == header
+    assert [line.split()[0] for line in lines[1:]] == ["greedy", "sampling", "pai", "vcd"]
+    assert all(len(line.split()) == len(header) for line in lines)
+    assert "[4/4] vcd" in captured.err
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == hallucination_quality.COLUMNS
+    assert list(table.parent.iterdir()) == [table]
+    assert [line.split()[4] for line in lines[1:]] == [f"{float(row['length']):.1f}" for row in rows]
+
+    assert main([*command, "--seeds", "0", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["seeds"] for row in rows] == ["0 1"] * 4
+    assert main([*command, "--seeds", "0", "1"]) == 0
+    greedy = capsys.readouterr().out.splitlines()[1]
+    mean, low, high = (f"{rows[0][f'chair_i{end}']:.3f}" for end in ("", "_low", "_high"))
+    assert greedy.split()[:3] == ["greedy", mean, f"({low}-{high})"]
+
+
+def test_evaluate_hallucination_refuses_what_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "hallucination", "--methods", "magic"]) == 1
+    assert "no method is called magic; there are vhr, var" in capsys.readouterr().err
+    assert main(["evaluate", "hallucination", "--seeds", "1", "1"]) == 1
+    assert "seeds must be different numbers" in capsys.readouterr().err

@@ -34,13 +34,15 @@ def generate_answers(
     prompts: Sequence[str],
     batch_size: int = 50,
     max_new_tokens: int = 64,
+    **options: Any,
 ) -> list[str]:
-    """Greedy answers, one for each pair of image and prompt."""
+    """Answers, one for each pair of image and prompt; greedy where `options` of `generate()` say no other."""
+    options = {"do_sample": False, **options}
     answers: list[str] = []
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         inputs = encode_prompts(processor, images[part], prompts[part]).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
 

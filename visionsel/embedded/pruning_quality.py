@@ -205,14 +205,14 @@ def _batches(asked: Sequence[Asked], size: int) -> Iterable[list[Asked]]:
         yield part
 
 
-def write_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
+def write_rows(rows: Sequence[dict[str, Any]], path: str | Path, columns: Sequence[str] = COLUMNS) -> Path:
     """Write the rows as CSV, whole or not at all; what there is no value for stays empty."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         partial.rename(path)
