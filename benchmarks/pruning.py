@@ -11,7 +11,6 @@ attention as well; both do everything but drop. Their ratio should be 1.
 """
 
 import argparse
-import json
 import platform
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ import torch
 import transformers
 from torch import nn
 
+from visionsel.files import write_json
 from visionsel.multimodal.intervention import Intervention, method_name
+from visionsel.multimodal.prompts import chat_texts
 from visionsel.multimodal.pruning import PRUNERS
 from visionsel.multimodal.pruning.budget import has_budget, with_budget
 from visionsel.multimodal.pruning.explainprune import RelevancePredictor
@@ -95,8 +96,7 @@ def load(folder: str, images: int, text: int, batch: int) -> tuple[Any, dict[str
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    content = [*[{"type": "image"}] * images, {"type": "text", "text": "what is it ? " * (text // 4)}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    [prompt] = chat_texts(processor, ["what is it ? " * (text // 4)], images=images)
     pictures = [Image.effect_noise((672, 672), 64).convert("RGB") for _ in range(images * batch)]
     inputs = processor(images=pictures, text=[prompt] * batch, return_tensors="pt", padding=True)
     return model, dict(inputs)
@@ -159,7 +159,7 @@ def show(rows: list[Row]) -> None:
 
 
 def write(rows: list[Row], options: argparse.Namespace, model: nn.Module) -> None:
-    """Everything as JSON, under a temporary name first."""
+    """Everything as JSON."""
     content = {
         "machine": {
             "torch": torch.__version__,
@@ -183,10 +183,7 @@ def write(rows: list[Row], options: argparse.Namespace, model: nn.Module) -> Non
             for row in rows
         ],
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    partial.replace(options.out)
+    write_json(content, options.out)
     print(f"\nwritten to {options.out}")
 
 

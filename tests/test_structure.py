@@ -15,6 +15,7 @@ FLOORS = {"ops": 1, "data": 1, "layers": 2, "models": 3, "multimodal": 4, "embed
 # inside multimodal/; floor 2 is one thing in several files
 MULTIMODAL = {
     "timm_tower": 0,
+    "prompts": 0,
     "families": 1,
     **dict.fromkeys(("attention", "cache", "scope", "session", "dropping", "intervention"), 2),
     **dict.fromkeys(("pruning", "modulation", "decoding", "evaluation"), 3),

@@ -4,6 +4,7 @@ A run is a folder: `config.yaml` (everything, resolved), `checkpoints/best.ckpt`
 `logs/version_N/` with `metrics.csv` and TensorBoard's events, one N for each start.
 """
 
+import math
 import pickle
 import shutil
 import sys
@@ -18,8 +19,10 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli"]
+__all__ = ["RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli", "with_cosine"]
 
 
 class RunCLI(LightningCLI):
@@ -245,3 +248,29 @@ def brief(error: BaseException, limit: int = 300) -> str:
     """The message of a foreign error on one line, cut off when it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} ..."
+
+
+def with_cosine(optimizer: Optimizer, trainer: Trainer, warmup: int) -> dict[str, Any]:
+    """What `configure_optimizers` returns: a linear warmup from 0, then a cosine to 0, a step an update.
+
+    Args:
+        optimizer: at its peak rate.
+        trainer: of the run, which knows its length.
+        warmup: updates before the peak.
+
+    Raises:
+        ValueError: for a run without an end, or one that the warmup fills.
+    """
+    updates = trainer.estimated_stepping_batches
+    if not math.isfinite(updates):
+        raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+    if warmup >= updates:
+        raise ValueError(f"warmup_steps {warmup} leave none of the {updates} updates of this run")
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (updates - warmup))
+
+    schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -26,6 +26,7 @@ from train.cli import run_cli
 from train.embedded_cards import write_cards
 from visionsel.embedded.evaluation import GOALS, MODELS, Goal, check_goals, evaluate_embedded, lookup
 from visionsel.embedded.files import WEIGHTS
+from visionsel.files import write_json
 
 __all__ = ["JOBS", "Job", "main"]
 
@@ -123,7 +124,7 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         results[seed] = evaluate_embedded(folder / "weights", options.models, options.size)
         times = {model: _read(folder / model / "time.json") for model in options.models}
         known = _read(folder / "metrics.json")
-        _dump(known | results[seed] | {"times": known.get("times", {}) | times}, folder / "metrics.json")
+        write_json(known | results[seed] | {"times": known.get("times", {}) | times}, folder / "metrics.json")
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{len(options.seeds)} seed(s) in {minutes:.0f} minutes\n")
     print_comparison(results, _shipped())
@@ -195,7 +196,7 @@ def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) ->
         spent["seconds"] += time.perf_counter() - start
         spent["cpu_seconds"] += usage.ru_utime + usage.ru_stime
         if run.is_dir():
-            _dump({key: round(value, 1) for key, value in spent.items()}, run / "time.json")
+            write_json({key: round(value, 1) for key, value in spent.items()}, run / "time.json")
         if process.returncode:
             lines = log.read_text().strip().splitlines() or ["no output"]
             raise ValueError(f"{job.model}: {lines[-1]} (the rest is in {log})")
@@ -230,7 +231,7 @@ def ship(weights: Path, results: dict[int, dict[str, Any]], size: int) -> None:
     for model in MODELS:
         shutil.rmtree(WEIGHTS / model, ignore_errors=True)
         shutil.copytree(weights / model, WEIGHTS / model)
-    _dump(
+    write_json(
         {"scenes": size, "seeds": {str(seed): result for seed, result in results.items()}},
         WEIGHTS / "metrics.json",
     )
@@ -246,12 +247,6 @@ def _shipped() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """A file of JSON; empty where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _dump(content: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@
 - a run ends by writing `OUTPUT/export/`, which `ExplainPrune(predictor=...)` reads.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,10 +23,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from train.cli import RunCLI, run_cli
+from train.cli import RunCLI, run_cli, with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.shapes import CAPTION_PROMPT, Sample
 from visionsel.embedded import load_lvlm
@@ -161,23 +159,11 @@ class ExplainPruneTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and a cosine over the whole run that steps after every update."""
-        hparams, updates = self.hparams, self.trainer.estimated_stepping_batches
-        if not math.isfinite(updates):
-            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        warmup = hparams["warmup_steps"]
-        if warmup >= updates:
-            raise ValueError(f"warmup_steps {warmup} leave none of the {updates} updates of this run")
+        hparams = self.hparams
         optimizer = create_optimizer_v2(
             self.predictor, "adamw", lr=hparams["lr"], weight_decay=hparams["weight_decay"]
         )
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (updates - warmup))
-
-        scheduler = LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_cosine(optimizer, self.trainer, hparams["warmup_steps"])
 
 
 class ExplainPruneCLI(RunCLI):

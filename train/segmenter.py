@@ -12,7 +12,6 @@
 - a run ends by writing `OUTPUT/export/`, which `visionsel.embedded.segmenter.load_segmenter` reads.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,10 +24,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from train.cli import RunCLI, WeightEMA, run_cli
+from train.cli import RunCLI, WeightEMA, run_cli, with_cosine
 from train.shapes_data import VALIDATION_SEED, ShapesStreamData
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import Sample
@@ -265,12 +263,7 @@ class SegmenterTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer, and a cosine over the whole run that steps after every update."""
-        hparams, updates = self.hparams, self.trainer.estimated_stepping_batches
-        if not math.isfinite(updates):
-            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        warmup = hparams["warmup_steps"]
-        if warmup >= updates:
-            raise ValueError(f"warmup_steps {warmup} leave none of the {updates} updates of this run")
+        hparams = self.hparams
         optimizer = create_optimizer_v2(
             self.sam,
             hparams["optimizer"],
@@ -278,14 +271,7 @@ class SegmenterTraining(LightningModule):
             weight_decay=hparams["weight_decay"],
             **(hparams["optimizer_args"] or {}),
         )
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (updates - warmup))
-
-        scheduler = LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_cosine(optimizer, self.trainer, hparams["warmup_steps"])
 
 
 def _jitter(boxes: Tensor, deviation: float, size: Sequence[int]) -> Tensor:

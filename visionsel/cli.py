@@ -328,6 +328,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from visionsel.files import whole_file
     from visionsel.generation import generate_answer, load_lvlm
 
     if options.max_new_tokens < 1:
@@ -348,7 +349,8 @@ def _generate(options: argparse.Namespace) -> None:
     else:
         print(f"{result.answer}\n\n{result.report}")
     if options.out is not None:
-        result.picture().save(options.out)
+        with whole_file(options.out) as partial:
+            result.picture().save(partial)
 
 
 def _data_shapes(options: argparse.Namespace) -> None:

@@ -137,7 +137,8 @@ def _open(image: str | Path | Image.Image) -> Image.Image:
 
 def _chat(processor: Any, prompt: str) -> str:
     """The prompt as one turn with an image; models without a chat template get the image, then the text."""
+    from visionsel.multimodal.prompts import chat_texts
+
     if getattr(processor, "chat_template", None) is None:
         return f"{getattr(processor, 'image_token', '<image>')}{prompt}"
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return chat_texts(processor, [prompt])[0]

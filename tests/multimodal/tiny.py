@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, and batches for them, without a processor."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -351,3 +351,17 @@ def _runs(name: str, modality: str, pixels: dict[str, Any], number: int) -> list
     if name in (*QWEN, "gemma3", "smolvlm", "idefics3"):
         return [[START] + [token] * count + [END] for count in counts]
     return [[token] * count for count in counts]
+
+
+def alone(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """One sample of a batch with an image each, without padding."""
+    start = int((inputs["attention_mask"][row] == 0).sum())
+    one: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if key == "pixel_values" and "image_grid_thw" in inputs:
+            one[key] = value.split(inputs["image_grid_thw"].prod(1).tolist())[row]
+        elif value.shape == inputs["input_ids"].shape:
+            one[key] = value[row : row + 1, start:]
+        else:
+            one[key] = value[row : row + 1]
+    return one

@@ -22,8 +22,16 @@ from visionsel.data.shapes import (
     split_words,
 )
 from visionsel.data.shapes.scene import GRID
+from visionsel.multimodal.prompts import chat_texts
 
-__all__ = ["caption_scores", "generate_answers", "measure_lvlm", "pointing_game", "question_scores"]
+__all__ = [
+    "caption_scores",
+    "encode_prompts",
+    "generate_answers",
+    "measure_lvlm",
+    "pointing_game",
+    "question_scores",
+]
 
 
 @torch.inference_mode()
@@ -51,13 +59,7 @@ def encode_prompts(
     processor: Any, images: Sequence[Any], prompts: Sequence[str], answers: Sequence[str] | None = None
 ) -> Any:
     """Inputs of the model: one image and one prompt a sample, to be answered or (`answers`) answered."""
-    texts = []
-    for number, prompt in enumerate(prompts):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answers is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
-        texts.append(processor.apply_chat_template(turns, add_generation_prompt=answers is None))
+    texts = chat_texts(processor, prompts, answers)
     return processor(images=list(images), text=texts, return_tensors="pt", padding=True)
 
 

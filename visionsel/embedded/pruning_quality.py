@@ -7,7 +7,6 @@ those of large models.
 """
 
 import csv
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
 from visionsel.embedded.files import WEIGHTS
 from visionsel.embedded.lvlm_quality import caption_scores, encode_prompts, generate_answers, question_scores
+from visionsel.files import whole_file
 
 __all__ = ["COLUMNS", "MEASURES", "evaluate_pruning", "plot_rows", "write_rows"]
 
@@ -207,18 +207,11 @@ def _batches(asked: Sequence[Asked], size: int) -> Iterable[list[Asked]]:
 
 def write_rows(rows: Sequence[dict[str, Any]], path: str | Path, columns: Sequence[str] = COLUMNS) -> Path:
     """Write the rows as CSV, whole or not at all; what there is no value for stays empty."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path(path)
 
 
 def plot_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
@@ -258,10 +251,9 @@ def plot_rows(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10, handlelength=3)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150)
+    return Path(path)
 
 
 # no grey: that is for the baselines

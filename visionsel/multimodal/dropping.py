@@ -8,7 +8,7 @@ the whole prompt: masks come in its coordinates and are gathered here.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -133,7 +133,7 @@ class Dropper:
                 del dropper.points[layer]
 
     def _install(self) -> None:
-        stack = self.session._stack
+        stack = self.session.stack
         stack.callback(self.session.watch(self._begin, everywhere=True))
         stack.callback(self.session.hold(self._hold))
         for number, layer in enumerate(self.session.layers):
@@ -142,7 +142,7 @@ class Dropper:
         stack.callback(self.session.decoder.register_forward_hook(self._after, with_kwargs=True).remove)
         if hasattr(self.session.decoder, "_deepstack_process"):
             deepen = self.session.decoder._deepstack_process
-            self.session._wrap(self.session.decoder, "_deepstack_process", self._deepstack(deepen))
+            self.session.wrap(self.session.decoder, "_deepstack_process", self._deepstack(deepen))
 
     def _begin(self, scope: PromptScope) -> None:
         self._gathered = {}
@@ -314,10 +314,14 @@ class Dropper:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Tell the cache layers of the prompt what they hold."""
-        record = self.record
-        if self.session.scope is None or not self.session.scope.prefill or record is None:
+        record, scope = self.record, self.session.scope
+        if scope is None or not scope.prefill or record is None:
             return
         self._gathered, self._previous = {}, None
+        # selections have been made: queries and keys of the vision tower need not outlive the prompt
+        scope.encoded = {
+            kind: replace(encoded, layers={}, features=None) for kind, encoded in scope.encoded.items()
+        }
         cache = cache_of(kwargs)
         if cache is None:
             cache = cache_of(output) if hasattr(output, "keys") else None

@@ -39,6 +39,8 @@ class Session:
         scope: of the forward that runs, or of the last one; None before the first.
         aside: whether the forward that runs is of another prompt than the one that is answered (see
             `beside`). What keeps state from one forward to the next must look here, or leave it alone.
+        users: how many contexts are open.
+        stack: what is undone when the last of them ends.
         untapped: whether decoder layers run for another purpose than the forward, and all taps are passed
             over.
     """
@@ -52,8 +54,8 @@ class Session:
         self.aside = False
         self.untapped = False
         self.shared: dict[str, Any] = {}  # what interventions of one kind have together
-        self._users = 0
-        self._stack = ExitStack()
+        self.users = 0
+        self.stack = ExitStack()
         self._drafted = 0
         self._encoded: dict[str, Encoded] = {}
         self._taps: dict[int, list[tuple[Attend, bool]]] = {}
@@ -69,23 +71,23 @@ class Session:
         base = cast(Any, self.model.model)
         forward = inspect.signature(base.forward)
         self._arguments = list(forward.parameters)
-        stack = self._stack
+        stack = self.stack
         stack.callback(self.model.register_forward_pre_hook(self._check, with_kwargs=True).remove)
         stack.callback(base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         stack.callback(self.decoder.register_forward_pre_hook(self._decode, with_kwargs=True).remove)
         for modality, name in _ENCODERS.items():
             if hasattr(base, name):
-                self._wrap(base, name, self._recorder(modality, getattr(base, name)))
+                self.wrap(base, name, self._recorder(modality, getattr(base, name)))
 
     def close(self) -> None:
         """Leave the model as it was."""
-        self._stack.close()
+        self.stack.close()
 
-    def _wrap(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+    def wrap(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         """Put a function in front of a method of one object, until the session closes."""
         had, before = name in vars(owner), vars(owner).get(name)
         setattr(owner, name, function)
-        self._stack.callback(lambda: setattr(owner, name, before) if had else delattr(owner, name))
+        self.stack.callback(lambda: setattr(owner, name, before) if had else delattr(owner, name))
 
     # what a forward is about
 
@@ -136,11 +138,8 @@ class Session:
             if not torch.is_tensor(mask) or mask.ndim != 2:
                 raise NotImplementedError("attention_mask must be the 2-D mask of the processor [B, L]")
             real = mask.bool()
-        positions = kwargs.get("position_ids")
-        unplaced = kwargs.get("mm_token_type_ids") is None and (
-            positions is None or positions.ndim < 3 or _in_a_line(positions, visual)
-        )
-        if prefill and "mm_token_type_ids" in self._arguments and unplaced and bool(visual.any()):
+        typed = "mm_token_type_ids" not in self._arguments or kwargs.get("mm_token_type_ids") is not None
+        if not typed and prefill and bool(visual.any()) and _in_a_line(kwargs.get("position_ids"), visual):
             raise ValueError(
                 f"{self.family.name} takes its positions from mm_token_type_ids; without them they are "
                 "wrong. Pass all that the processor returns"
@@ -237,7 +236,7 @@ class Session:
         self.shared["tapped"] = True
         modules = {layer.self_attn: self._through(number) for number, layer in enumerate(self.layers)}
         configs = [self.decoder.config, *(layer.self_attn.config for layer in self.layers)]
-        self._stack.enter_context(tapped(modules, configs))
+        self.stack.enter_context(tapped(modules, configs))
 
     def _through(self, layer: int) -> Callable[[AttentionCall], Output]:
         def attend(call: AttentionCall) -> Output:
@@ -300,7 +299,7 @@ class Session:
         number %= len(layers)
         projector = self.family.projector(self.model)
         if projector is not None and not self._observers:
-            self._stack.callback(projector.register_forward_pre_hook(self._project).remove)
+            self.stack.callback(projector.register_forward_pre_hook(self._project).remove)
         if number not in self._observers:
             self._observers.add(number)
             module: Any = self.family.tower_attention(layers[number])
@@ -312,7 +311,7 @@ class Session:
                 seen += [(query, key, call.scale) for query, key in _apart(call)]
                 return call.run()
 
-            self._stack.enter_context(
+            self.stack.enter_context(
                 tapped({module: attend}, [config for config in configs if config is not None])
             )
         return number
@@ -321,8 +320,10 @@ class Session:
         self._projected = args[0].detach()
 
 
-def _in_a_line(positions: Tensor, visual: Tensor) -> bool:
-    """Whether images have the positions of text: the same in time, height and width."""
+def _in_a_line(positions: Tensor | None, visual: Tensor) -> bool:
+    """Whether images have the positions of text, by default or the same in time, height and width."""
+    if positions is None or positions.ndim < 3:
+        return True
     places = positions[-3:].expand(3, *visual.shape)[:, visual]
     return bool((places == places[:1]).all())
 
@@ -363,12 +364,12 @@ def open_session(model: nn.Module) -> Iterator[Session]:
             raise
         with _LOCK:
             _OPEN[id(model)] = session
-    session._users += 1
+    session.users += 1
     try:
         yield session
     finally:
-        session._users -= 1
-        if not session._users:
+        session.users -= 1
+        if not session.users:
             with _LOCK:
                 _OPEN.pop(id(model), None)
             session.close()

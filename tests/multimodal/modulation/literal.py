@@ -6,13 +6,17 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tests.multimodal.oracle import visual_tokens
-from tests.multimodal.tiny import grow, make_model
+from tests.multimodal.runs import run, tiny
+from tests.multimodal.test_session import everything_on
+from tests.multimodal.tiny import grow, make_inputs, make_model
+from visionsel.multimodal.intervention import Intervention
 
 Row = Sequence[float]
 # logits and weights of a row, its place, places of image tokens and of sinks, to new weights
@@ -33,20 +37,6 @@ def wide(name: str, dtype: torch.dtype = torch.float64) -> Any:
 def _norm(module: Any, shift: int, hidden: Tensor) -> Tensor:
     eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * (module.weight + shift)
-
-
-def single(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One sample of a batch with an image each, without padding."""
-    start = int((inputs["attention_mask"][row] == 0).sum())
-    one: dict[str, Any] = {}
-    for key, value in inputs.items():
-        if key == "pixel_values" and "image_grid_thw" in inputs:
-            one[key] = value.split(inputs["image_grid_thw"].prod(1).tolist())[row]
-        elif value.shape == inputs["input_ids"].shape:
-            one[key] = value[row : row + 1, start:]
-        else:
-            one[key] = value[row : row + 1]
-    return one
 
 
 @contextmanager
@@ -135,3 +125,23 @@ def steps(model: Any, sample: dict[str, Any], tokens: Tensor) -> tuple[Tensor, T
     for number in range(1, len(tokens)):
         last.append(model(**grow(sample, tokens[None, :number]), use_cache=False).logits[0, -1])
     return prompt, torch.stack(last)
+
+
+def assert_left_as_it_was(name: str, method: Intervention) -> None:
+    """A tiny model is what it was after the context of a method, also where a forward in it fails."""
+    model, inputs = tiny(name), make_inputs(name)
+    expected = run(model, inputs, 3)
+    before = everything_on(model)
+
+    def fail(*args: Any) -> None:
+        raise KeyError("on purpose")
+
+    with method(model):
+        run(model, inputs, 3)
+    assert everything_on(model) == before
+    with ExitStack() as faults:
+        faults.callback(model.model.language_model.layers[2].mlp.register_forward_hook(fail).remove)
+        with pytest.raises(KeyError, match="on purpose"), method(model):
+            run(model, inputs, 3)
+    assert everything_on(model) == before
+    assert torch.equal(run(model, inputs, 3).logits, expected.logits)

@@ -21,20 +21,6 @@ Heads = Mapping[int, Sequence[int]]
 Kept = Mapping[int, Tensor] | None
 
 
-def alone(inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One sample of a batch with an image each, without padding."""
-    start = int((inputs["attention_mask"][row] == 0).sum())
-    one: dict[str, Any] = {}
-    for key, value in inputs.items():
-        if key == "pixel_values" and "image_grid_thw" in inputs:
-            one[key] = value.split(inputs["image_grid_thw"].prod(1).tolist())[row]
-        elif value.shape == inputs["input_ids"].shape:
-            one[key] = value[row : row + 1, start:]
-        else:
-            one[key] = value[row : row + 1]
-    return one
-
-
 def without_images(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The sample with its images, and the tokens that stand for them, deleted."""
     stays = ~visual_tokens(sample)[0]

@@ -1,17 +1,15 @@
 """ACT equals its rule on materialised weights, in batches, beams and with pruners."""
 
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.multimodal.modulation.literal import Row, literal, single, steps, wide
+from tests.multimodal.modulation.literal import Row, assert_left_as_it_was, literal, steps, wide
 from tests.multimodal.oracle import MaskOracle
 from tests.multimodal.runs import apart, run, tiny
-from tests.multimodal.test_session import everything_on
-from tests.multimodal.tiny import FAMILIES, make_inputs
+from tests.multimodal.tiny import FAMILIES, alone, make_inputs
 from visionsel.multimodal.intervention import Stack
 from visionsel.multimodal.modulation import act as act_module
 from visionsel.multimodal.modulation import rows
@@ -69,7 +67,7 @@ def test_it_equals_the_rule_on_weights_of_single_samples(name: str, act: ACT, dt
     assert apart(found.logits, plain.logits) > DIFFERENT
     assert any(bool(sinks.any()) for sinks in report.sinks.values())
     for row in range(2):
-        sample = single(inputs, row)
+        sample = alone(inputs, row)
         with said_plainly(model, sample, act):
             prompt, last = steps(model, sample, found.tokens[row, length:])
         with torch.no_grad(), act(model):
@@ -84,7 +82,7 @@ def test_beams_equal_the_rule(name: str) -> None:
     with WHOLE(model):
         both = run(model, inputs, 5, num_beams=3)
     for row in range(2):
-        sample = single(inputs, row)
+        sample = alone(inputs, row)
         with said_plainly(model, sample, WHOLE):
             expected = run(model, sample, 5, num_beams=3, use_cache=False)
         assert torch.equal(both.tokens[row, -5:], expected.tokens[0, -5:])
@@ -101,7 +99,7 @@ def test_with_fastv_the_tokens_that_are_left_are_calibrated(name: str) -> None:
             found = run(model, inputs, 4)
         pruned = handles[interventions.index(pruner)]
         for row in range(2):
-            sample = single(inputs, row)
+            sample = alone(inputs, row)
             keep = pruned.kept[0][1][row : row + 1, -sample["input_ids"].shape[1] :]
             away = set((~keep[0]).nonzero()[:, 0].tolist())
             assert away
@@ -166,22 +164,7 @@ def test_sinks_keep_a_part_and_the_others_share_the_rest() -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_model_is_left_as_it_was_by_an_exception_too(name: str) -> None:
-    model, inputs = tiny(name), make_inputs(name)
-    expected = run(model, inputs, 3)
-    before = everything_on(model)
-
-    def fail(*args: Any) -> None:
-        raise KeyError("on purpose")
-
-    with WHOLE(model):
-        run(model, inputs, 3)
-    assert everything_on(model) == before
-    with ExitStack() as faults:
-        faults.callback(model.model.language_model.layers[2].mlp.register_forward_hook(fail).remove)
-        with pytest.raises(KeyError, match="on purpose"), WHOLE(model):
-            run(model, inputs, 3)
-    assert everything_on(model) == before
-    assert torch.equal(run(model, inputs, 3).logits, expected.logits)
+    assert_left_as_it_was(name, WHOLE)
 
 
 def test_what_is_out_of_range_is_refused() -> None:

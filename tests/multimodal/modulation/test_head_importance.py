@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.multimodal.modulation.plainly import alone, forward, matrices, without_images
+from tests.multimodal.modulation.plainly import forward, matrices, without_images
 from tests.multimodal.oracle import visual_tokens
 from tests.multimodal.runs import ByScore, tiny
 from tests.multimodal.test_session import everything_on
-from tests.multimodal.tiny import make_inputs
+from tests.multimodal.tiny import alone, make_inputs
 from visionsel.data.shapes import CAPTION_PROMPT, ShapesWorld
 from visionsel.embedded import load_lvlm
 from visionsel.multimodal.modulation.head_importance import (

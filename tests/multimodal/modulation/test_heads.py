@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.multimodal.modulation.plainly import alone, generate, matrices
+from tests.multimodal.modulation.plainly import generate, matrices
 from tests.multimodal.oracle import chosen
 from tests.multimodal.runs import DTYPES, ByScore, apart, run, tiny
 from tests.multimodal.test_session import everything_on, fail
-from tests.multimodal.tiny import FAMILIES, make_inputs
+from tests.multimodal.tiny import FAMILIES, alone, make_inputs
 from visionsel.multimodal.intervention import Stack, parse
 from visionsel.multimodal.modulation.grounding_heads import GroundingHeads
 from visionsel.multimodal.modulation.heads import output_projection

@@ -1,17 +1,15 @@
 """PAI equals its equation on materialised weights, of the rows that tokens are predicted from."""
 
 import copy
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
-from tests.multimodal.modulation.literal import Row, Rule, literal, single, steps, wide
+from tests.multimodal.modulation.literal import Row, Rule, assert_left_as_it_was, literal, steps, wide
 from tests.multimodal.oracle import MaskOracle
 from tests.multimodal.runs import apart, cache_name, run, tiny
-from tests.multimodal.test_session import everything_on
-from tests.multimodal.tiny import FAMILIES, PAD, grow, make_inputs
+from tests.multimodal.tiny import FAMILIES, PAD, alone, grow, make_inputs
 from visionsel.multimodal.intervention import Stack
 from visionsel.multimodal.modulation.pai import PAI, amplify
 from visionsel.multimodal.modulation.var import VAR
@@ -60,7 +58,7 @@ def test_it_equals_the_equation_on_logits_of_single_samples(name: str, dtype: to
     assert apart(found.logits, plain.logits) > DIFFERENT
     assert report.changed == dict.fromkeys((2, 3), 2 * 4 * 4), "samples, heads and tokens"
     for row in range(2):
-        sample = single(inputs, row)
+        sample = alone(inputs, row)
         with said_plainly(model, sample, PAPER):
             prompt, last = steps(model, sample, found.tokens[row, length:])
         with torch.no_grad(), PAPER(model):
@@ -74,7 +72,7 @@ def test_a_padded_batch_is_its_samples_with_beams_too(name: str) -> None:
     for options in ({}, {"num_beams": 3}):
         with PAPER(model):
             both = run(model, inputs, 5, **options)
-            ones = [run(model, single(inputs, row), 5, **options) for row in range(2)]
+            ones = [run(model, alone(inputs, row), 5, **options) for row in range(2)]
         for row in range(2):
             assert torch.equal(ones[row].tokens[0, -5:], both.tokens[row, -5:])
         assert apart(torch.cat([one.logits for one in ones], 1), both.logits) <= TOLERANCE[torch.float64]
@@ -83,7 +81,7 @@ def test_a_padded_batch_is_its_samples_with_beams_too(name: str) -> None:
 @pytest.mark.parametrize("name", SOME)
 def test_beams_equal_the_equation(name: str) -> None:
     model = wide(name)
-    sample = single(make_inputs(name), 0)
+    sample = alone(make_inputs(name), 0)
     with PAPER(model):
         found = run(model, sample, 6, num_beams=3)
     with said_plainly(model, sample, PAPER):
@@ -168,7 +166,7 @@ def test_with_fastv_the_tokens_that_are_left_are_raised(name: str) -> None:
             found = run(model, inputs, 4)
         pruned = handles[interventions.index(pruner)]
         for row in range(2):
-            sample = single(inputs, row)
+            sample = alone(inputs, row)
             keep = pruned.kept[0][1][row : row + 1, -sample["input_ids"].shape[1] :]
             away = set((~keep[0]).nonzero()[:, 0].tolist())
             assert away
@@ -206,22 +204,7 @@ def test_with_var_on_other_layers_each_does_its_own_and_on_the_same_they_are_ref
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_model_is_left_as_it_was(name: str) -> None:
-    model, inputs = tiny(name), make_inputs(name)
-    expected = run(model, inputs, 3)
-    before = everything_on(model)
-
-    def fail(*args: Any) -> None:
-        raise KeyError("on purpose")
-
-    with PAPER(model):
-        run(model, inputs, 3)
-    assert everything_on(model) == before
-    with ExitStack() as faults:
-        faults.callback(model.model.language_model.layers[2].mlp.register_forward_hook(fail).remove)
-        with pytest.raises(KeyError, match="on purpose"), PAPER(model):
-            run(model, inputs, 3)
-    assert everything_on(model) == before
-    assert torch.equal(run(model, inputs, 3).logits, expected.logits)
+    assert_left_as_it_was(name, PAPER)
 
 
 def test_what_is_out_of_range_is_refused() -> None:

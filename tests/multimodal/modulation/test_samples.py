@@ -1,13 +1,12 @@
 """Places of words are found from the end of a prompt, whatever the tokenizer and the padding."""
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from visionsel.multimodal.modulation.samples import batches, object_name, predicting, write_json
+from visionsel.multimodal.modulation.samples import batches, object_name, predicting
 
 TEXT = "<image> user: what is it? assistant: a red dog. </s>"
 
@@ -47,9 +46,3 @@ def test_batches_hold_every_sample_once_in_order() -> None:
     for samples, size in (("", 2), ("abc", 0)):
         with pytest.raises(ValueError, match="there must be samples"):
             list(batches(samples, size))
-
-
-def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        write_json({"a": object()}, tmp_path / "a.json")
-    assert not list(tmp_path.iterdir())

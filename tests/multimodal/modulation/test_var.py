@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from tests.multimodal.modulation.literal import Mark, Row, Rule, literal, single, steps, wide
+from tests.multimodal.modulation.literal import Mark, Row, Rule, assert_left_as_it_was, literal, steps, wide
 from tests.multimodal.oracle import MaskOracle
 from tests.multimodal.runs import apart, cache_name, run, tiny
 from tests.multimodal.test_session import everything_on
-from tests.multimodal.tiny import FAMILIES, grow, make_inputs, make_model
+from tests.multimodal.tiny import FAMILIES, alone, grow, make_inputs, make_model
 from visionsel.multimodal.intervention import Stack
 from visionsel.multimodal.modulation import rows
 from visionsel.multimodal.modulation.var import (
@@ -103,7 +102,7 @@ def test_it_equals_the_equations_on_weights_of_single_samples(
     assert 0 < sum(report.changed.values()) < 204, "not all of 3 layers, 4 heads and 17 tokens or more"
     number = 0
     for row in range(2):
-        sample = single(inputs, row)
+        sample = alone(inputs, row)
         with said_plainly(model, sample, var) as changed:
             prompt, last = steps(model, sample, found.tokens[row, length:])
         number += len(changed)
@@ -121,7 +120,7 @@ def test_a_padded_batch_is_its_samples(name: str, attention: str) -> None:
     with PAPER(model):
         both = run(model, inputs, 5)
         for row in range(2):
-            one = run(model, single(inputs, row), 5)
+            one = run(model, alone(inputs, row), 5)
             assert torch.equal(one.tokens[0, -5:], both.tokens[row, -5:])
             assert apart(one.logits[:, 0], both.logits[:, row]) <= TOLERANCE[model.dtype]
 
@@ -132,10 +131,10 @@ def test_beams_have_the_sinks_of_their_own_tokens(name: str, var: VAR) -> None:
     model, inputs = wide(name), make_inputs(name)
     options = {"num_beams": 3, "output_scores": True}
     with var(model):
-        found = [run(model, single(inputs, row), 6, **options) for row in range(2)]
+        found = [run(model, alone(inputs, row), 6, **options) for row in range(2)]
         both = run(model, inputs, 6, **options)
     for row in range(2):
-        sample = single(inputs, row)
+        sample = alone(inputs, row)
         with said_plainly(model, sample, var):
             expected = run(model, sample, 6, **options, use_cache=False)
         assert torch.equal(found[row].tokens, expected.tokens)
@@ -313,7 +312,7 @@ def test_with_a_pruner_the_tokens_that_are_left_share_it(name: str, pruner: Any)
         report = handles[interventions.index(PAPER)]
         assert report.changed[2] + report.changed[3] > 0
         for row in range(2):
-            sample = single(inputs, row)
+            sample = alone(inputs, row)
             start = length - sample["input_ids"].shape[1]
             keep = {layer: mask[row : row + 1, start:] for layer, mask in pruned.kept}
             gone: dict[int, set[int]] = {}
@@ -442,22 +441,7 @@ def test_two_methods_on_one_layer_are_refused() -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_model_is_left_as_it_was_by_an_exception_too(name: str) -> None:
-    model, inputs = tiny(name), make_inputs(name)
-    expected = run(model, inputs, 3)
-    before = everything_on(model)
-
-    def fail(*args: Any) -> None:
-        raise KeyError("on purpose")
-
-    with PAPER(model):
-        run(model, inputs, 3)
-    assert everything_on(model) == before
-    with ExitStack() as faults:
-        faults.callback(model.model.language_model.layers[2].mlp.register_forward_hook(fail).remove)
-        with pytest.raises(KeyError, match="on purpose"), PAPER(model):
-            run(model, inputs, 3)
-    assert everything_on(model) == before
-    assert torch.equal(run(model, inputs, 3).logits, expected.logits)
+    assert_left_as_it_was(name, PAPER)
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [

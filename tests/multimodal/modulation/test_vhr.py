@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.multimodal.modulation.plainly import (
-    alone,
     best_heads,
     found_heads,
     generate,
@@ -20,7 +19,7 @@ from tests.multimodal.modulation.plainly import (
 from tests.multimodal.oracle import chosen
 from tests.multimodal.runs import DTYPES, ByAttention, ByScore, apart, cache_name, run, tiny
 from tests.multimodal.test_session import everything_on, fail
-from tests.multimodal.tiny import FAMILIES, WITH_VIDEO, make_inputs
+from tests.multimodal.tiny import FAMILIES, WITH_VIDEO, alone, make_inputs
 from visionsel.multimodal.intervention import Stack
 from visionsel.multimodal.modulation.image_free import divergence
 from visionsel.multimodal.modulation.vhr import VHR, select, t_vhd

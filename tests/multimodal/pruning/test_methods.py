@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.multimodal.oracle import MaskOracle
 from tests.multimodal.runs import apart, run, tiny
-from tests.multimodal.tiny import LAYERS, TEXT, make_inputs
+from tests.multimodal.tiny import LAYERS, TEXT, alone, make_inputs
 from visionsel.multimodal import (
     DART,
     PRUNERS,
@@ -80,22 +80,6 @@ KEEP_ALL = {
     "promptdistill": PromptDistill(layers=(0, 2), keep=(1.0, 1.0)),
     "yopo": Yopo(window=None),
 }
-
-
-def alone(inputs: dict[str, Any], row: int) -> dict[str, Any]:
-    """One sample of a batch, without padding."""
-    start = int((inputs["attention_mask"][row] == 0).sum())
-    one: dict[str, Any] = {}
-    length = inputs["input_ids"].shape[1]
-    for key, value in inputs.items():
-        if key == "pixel_values" and "image_grid_thw" in inputs:
-            sizes = inputs["image_grid_thw"].prod(1).tolist()
-            one[key] = value.split(sizes)[row]
-        elif value.ndim == 2 and value.shape[1] == length:
-            one[key] = value[row : row + 1, start:]
-        else:
-            one[key] = value[row : row + 1]
-    return one
 
 
 def visual(kept: list[tuple[int, Tensor]], inputs: dict[str, Any], row: int) -> list[tuple[int, list[bool]]]:

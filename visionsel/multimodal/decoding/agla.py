@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.functional import gaussian_blur
 
-from visionsel.multimodal.decoding.two_view import TwoView, View, Views, agree, check_beta
+from visionsel.multimodal.decoding.two_view import TwoView, View, Views, agree, check_strengths
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.session import Session
 
@@ -51,11 +51,9 @@ class AGLA(Intervention):
     fidelity: str = "paper"
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"alpha must be 0 or more, got {self.alpha}")
         if self.fidelity not in ("paper", "code"):
             raise ValueError(f'fidelity must be "paper" or "code", got {self.fidelity!r}')
-        check_beta(self.beta)
+        check_strengths(self.alpha, self.beta)
 
     @contextmanager
     def attach(self, session: Session) -> Iterator[Views]:

@@ -29,7 +29,16 @@ from visionsel.multimodal.cache import cache_of, seen_tokens
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.session import Session
 
-__all__ = ["TwoView", "Views", "agree", "check_beta", "contrast", "guidance", "implausible"]
+__all__ = [
+    "TwoView",
+    "Views",
+    "agree",
+    "check_beta",
+    "check_strengths",
+    "contrast",
+    "guidance",
+    "implausible",
+]
 
 Combine = Callable[[Tensor, Tensor, int], Tensor]
 View = Callable[[dict[str, Any]], dict[str, Any]]
@@ -345,3 +354,10 @@ def check_beta(beta: float) -> None:
     """Refuse what is no ratio of probabilities."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is a ratio of probabilities from 0 (off) to 1, got {beta}")
+
+
+def check_strengths(alpha: float, beta: float) -> None:
+    """Refuse a negative weight of the second view, and what `check_beta` does."""
+    if alpha < 0:
+        raise ValueError(f"alpha must be 0 or more, got {alpha}")
+    check_beta(beta)

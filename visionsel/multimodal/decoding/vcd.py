@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from visionsel.multimodal.decoding.two_view import TwoView, View, Views, check_beta, contrast
+from visionsel.multimodal.decoding.two_view import TwoView, View, Views, check_strengths, contrast
 from visionsel.multimodal.decoding.views import DiffusionNoise
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.session import Session
@@ -34,9 +34,7 @@ class VCD(Intervention):
     view: View | None = None
 
     def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"alpha must be 0 or more, got {self.alpha}")
-        check_beta(self.beta)
+        check_strengths(self.alpha, self.beta)
 
     @contextmanager
     def attach(self, session: Session) -> Iterator[Views]:

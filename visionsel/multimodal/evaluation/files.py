@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visionsel.files import whole_file
+
 __all__ = ["match_answers", "read_answers", "read_captions", "read_coco", "read_questions", "write_questions"]
 
 _QUESTION = re.compile(r"Is there an? (.+) in the iman?ge\?")  # one generator writes "imange"
@@ -47,11 +49,11 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
 
 def write_questions(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Write questions (of `pope.questions`) as POPE does: numbered from 1, one a line."""
-    path = Path(path)
     keys = ("image", "text", "label")
     numbered = [{"question_id": i} | {key: row[key] for key in keys} for i, row in enumerate(rows, 1)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in numbered), encoding="utf-8")
-    return path
+    with whole_file(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in numbered), encoding="utf-8")
+    return Path(path)
 
 
 def read_answers(path: str | Path) -> list[dict[str, Any]]:

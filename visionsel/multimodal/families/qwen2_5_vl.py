@@ -10,23 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionsel.multimodal.families.family import Encoded, Family, TokenLayout
-from visionsel.multimodal.families.qwen2_vl import grid_layouts, grids, mean_over_squares
+from visionsel.multimodal.families.family import Encoded
+from visionsel.multimodal.families.qwen2_vl import Qwen2VL, grids, mean_over_squares
 
 __all__ = ["Qwen25VL", "window_order"]
 
 
-class Qwen25VL(Family):
+class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL. Only a few layers attend to the whole image; the last of them is read."""
 
     name = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
-
-    def tower_layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        return model.model.visual.blocks  # type: ignore[union-attr, return-value]
-
-    def tower_attention(self, layer: nn.Module) -> nn.Module:
-        return layer.attn  # type: ignore[return-value]
 
     def feature_layer(self, model: nn.Module) -> int:
         """The last layer with full attention; the last one if all have windows."""
@@ -40,15 +34,6 @@ class Qwen25VL(Family):
         order = window_order(grids(encoded), vision.spatial_merge_size, side).to(values.device)
         pooled = mean_over_squares(model, values)
         return torch.empty_like(pooled).index_copy(0, order, pooled)
-
-    def layouts(
-        self,
-        model: nn.Module,
-        encoded: Encoded,
-        processor: Any = None,
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[TokenLayout]:
-        return grid_layouts(model, encoded, processor, sizes)
 
 
 def window_order(grids: Sequence[tuple[int, int, int]], merge: int, side: int) -> Tensor:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from visionsel.data.shapes import CAPTION_PROMPT, SHAPES
+from visionsel.files import write_json
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.modulation.heads import scaled_heads
 from visionsel.multimodal.modulation.pointing import Pointing, pointing
-from visionsel.multimodal.modulation.samples import generate_captions, object_name, write_json
+from visionsel.multimodal.modulation.samples import generate_captions, object_name
 from visionsel.multimodal.session import Session
 
 __all__ = ["GroundingHeads", "invention"]

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from visionsel.data.shapes import CAPTION_PROMPT
+from visionsel.files import whole_file, write_json
 from visionsel.multimodal.modulation.heads import check_layers, head_hook
 from visionsel.multimodal.modulation.image_free import ImageFree, divergence
-from visionsel.multimodal.modulation.samples import batches, encode, predicting, write_json
+from visionsel.multimodal.modulation.samples import batches, encode, predicting
 from visionsel.multimodal.session import Session, open_session
 
 __all__ = ["HeadImportance", "head_importance", "visual_sensitivity"]
@@ -94,10 +95,9 @@ class HeadImportance:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(picture, label="mean divergence")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
+        with whole_file(path) as partial:
+            figure.savefig(partial, dpi=150)
+        return Path(path)
 
 
 def head_importance(

@@ -4,16 +4,15 @@ A sample has `image` (PIL), `captions` (the first is true) and `objects`; an obj
 (`name`, or `shape` as in `visionsel.data.shapes`), and `mask`, bool `[H, W]` over the image.
 """
 
-import json
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batches", "encode", "generate_captions", "object_name", "predicting", "write_json"]
+from visionsel.multimodal.prompts import chat_texts
+
+__all__ = ["batches", "encode", "generate_captions", "object_name", "predicting"]
 
 
 def object_name(item: Any) -> str:
@@ -46,14 +45,8 @@ def encode(
         prompt: what is asked about each image.
         answered: whether the first caption of each sample follows.
     """
-    texts = []
-    for sample in samples:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if answered:
-            said = [{"type": "text", "text": sample.captions[0]}]
-            turns.append({"role": "assistant", "content": said})
-        texts.append(processor.apply_chat_template(turns, add_generation_prompt=not answered))
+    answers = [sample.captions[0] for sample in samples] if answered else None
+    texts = chat_texts(processor, [prompt] * len(samples), answers)
     images = [[sample.image] for sample in samples]
     inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
     return inputs.to(model.device, model.dtype), texts
@@ -103,16 +96,3 @@ def generate_captions(
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         captions += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return captions
-
-
-def write_json(content: dict[str, Any], path: str | Path) -> Path:
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -47,7 +47,7 @@ def relevance(model: nn.Module, inputs: Mapping[str, Any], answer_start: int | T
     if model.training:
         raise ValueError("relevance is that of a model in evaluation mode; call model.eval()")
     with open_session(model) as session:
-        if session._users > 1:
+        if session.users > 1:
             raise RuntimeError("an intervention is open on this model; leave its context first")
         with torch.no_grad():
             captured, last = _read(session, inputs)
