@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.multimodal.oracle import SCORES
-from tests.multimodal.tiny import make_model
+from tests.multimodal.tiny import make_inputs, make_model
 from visionsel.multimodal.pruning.checks import count, counts, top
 from visionsel.multimodal.pruning.pruner import Pruner, Stage, VisualTokens
 
@@ -21,7 +21,10 @@ Ratios = Mapping[int, Sequence[float]]
 @lru_cache
 def tiny(name: str, attention: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
     """A model; tests share it, so whoever changes it puts it back."""
-    return make_model(name, attention, dtype or DTYPES[attention])
+    model = make_model(name, attention, dtype or DTYPES[attention])
+    with torch.no_grad():  # transformers puts hooks of its own on at the first forward
+        model(**make_inputs(name, dtype=model.dtype))
+    return model
 
 
 @dataclass(frozen=True)
