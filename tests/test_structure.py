@@ -11,14 +11,16 @@ import pytest
 import visionsel
 
 PACKAGE = Path(visionsel.__file__).parent
-FLOORS = {"ops": 1, "data": 1, "layers": 2, "models": 3, "multimodal": 4, "embedded": 5}
+FLOORS = {"ops": 1, "data": 1, "layers": 2, "models": 3, "multimodal": 4, "embedded": 5, "integrations": 6}
 # inside multimodal/; floor 2 is one thing in several files
 MULTIMODAL = {
     "timm_tower": 0,
     "prompts": 0,
     "families": 1,
-    **dict.fromkeys(("attention", "cache", "scope", "session", "dropping", "intervention"), 2),
-    **dict.fromkeys(("pruning", "modulation", "decoding", "evaluation"), 3),
+    **dict.fromkeys(
+        ("attention", "cache", "scope", "session", "tower", "dropping", "intervention", "sinks"), 2
+    ),
+    **dict.fromkeys(("pruning", "modulation", "decoding", "evaluation", "grounding"), 3),
 }
 # of pruning/, what is no method
 PRUNING = {"checks", "pruner", "visual_tokens", "report", "picture", "measure", "budget"}
@@ -35,6 +37,8 @@ HEAVY = {
     "segment_anything",
     "tokenizers",
     "optuna",
+    "lmms_eval",
+    "vlmeval",
 }
 # folders of an extra: their __init__ names it when it is missing
 OF_AN_EXTRA = {"multimodal": {"transformers"}}
@@ -68,7 +72,8 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
     floor, room = place(path)
     if floor not in FLOORS or room == "__init__":
         return
-    shared = {("ops", "checks"), ("ops", "plans"), ("data", "folders"), ("models", "pyramid")}
+    shared = {("ops", "checks"), ("ops", "plans"), ("data", "folders"), ("data", "coco"), ("models", "pyramid")}
+    shared |= {("integrations", "conversations"), ("data", "shapes")}
     for _, module in imports(path):
         parts = module.split(".")
         if parts[0] != "visionsel" or len(parts) < 2 or parts[1] not in FLOORS:

@@ -20,7 +20,9 @@ except ImportError as error:
     ) from error
 
 from visionsel.multimodal import evaluation
-from visionsel.multimodal.decoding import AGLA, ICD, M3ID, VCD, Ritual, TwoView
+from visionsel.multimodal.decoding import AGLA, GLC, ICD, M3ID, VCD, PAIGuidance, Ritual, TwoView
+from visionsel.multimodal.grounding import AttentionRecorder, TokenGrid
+from visionsel.multimodal.grounding.segmenters import build_segmenter
 from visionsel.multimodal.intervention import Intervention, Stack
 from visionsel.multimodal.modulation import (
     ACT,
@@ -30,6 +32,7 @@ from visionsel.multimodal.modulation import (
     VHR,
     GroundingHeads,
     HeadImportance,
+    Paint,
     head_importance,
 )
 from visionsel.multimodal.pruning import (
@@ -58,6 +61,7 @@ __all__ = [
     "ACT",
     "AGLA",
     "DART",
+    "GLC",
     "ICD",
     "M3ID",
     "MODULATORS",
@@ -66,6 +70,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "AttentionRecorder",
     "CDPruner",
     "DivPrune",
     "ExplainPrune",
@@ -74,6 +79,8 @@ __all__ = [
     "HeadImportance",
     "HoloV",
     "Intervention",
+    "PAIGuidance",
+    "Paint",
     "PoolPrune",
     "PromptDistill",
     "PruMerge",
@@ -84,12 +91,14 @@ __all__ = [
     "Stack",
     "TimmTower",
     "TimmTowerConfig",
+    "TokenGrid",
     "TwoView",
     "UniformPrune",
     "VFlowOpt",
     "VisPruner",
     "VisionZip",
     "Yopo",
+    "build_segmenter",
     "evaluation",
     "head_importance",
 ]

@@ -5,9 +5,10 @@ positions, the next chat turn, assisted decoding) wants the length of the prompt
 that one, and carry which tokens of the prompt their keys are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 _L = TypeVar("_L", bound=DynamicLayer)
 
-__all__ = ["Dropped", "PrunedLayer", "PrunedSlidingLayer", "cache_of", "mark_dropped", "seen_tokens"]
+__all__ = [
+    "Dropped",
+    "Note",
+    "PrunedLayer",
+    "PrunedSlidingLayer",
+    "cache_of",
+    "mark_dropped",
+    "notes_of",
+    "seen_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -211,3 +221,45 @@ def seen_tokens(cache: Cache | None, layer: int = 0) -> int:
     if cache is None or layer >= len(cache.layers):
         return 0
     return int(cache.get_seq_length(layer))
+
+
+class Note(Protocol):
+    """What an intervention knows of a prompt, row by row."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def rows(self, index: Tensor) -> "Note":
+        """The same for other rows of the batch."""
+
+
+def notes_of(cache: Cache) -> dict[Any, Any]:
+    """Notes on the prompt in a cache, each under a key; they follow when the rows of the cache move."""
+    following: Any = cache
+    if not hasattr(following, "notes"):
+        following.__class__ = _following(following.__class__)
+        following.notes = {}
+    notes: dict[Any, Any] = following.notes
+    return notes
+
+
+@lru_cache
+def _following(kind: Any) -> Any:
+    """A kind of cache whose `notes` have the rows that the cache has."""
+
+    def moved(name: str, rows: Callable[[int, Any], Tensor]) -> Callable[..., Any]:
+        def method(self: Any, argument: Any) -> None:
+            getattr(kind, name)(self, argument)
+            for key, note in self.notes.items():
+                self.notes[key] = note.rows(rows(len(note), argument))
+
+        return method
+
+    methods = {
+        "reorder_cache": moved("reorder_cache", lambda number, index: index),
+        "batch_select_indices": moved("batch_select_indices", lambda number, index: index),
+        "batch_repeat_interleave": moved(
+            "batch_repeat_interleave", lambda number, times: torch.arange(number).repeat_interleave(times)
+        ),
+    }
+    return type(kind.__name__, (kind,), methods)

@@ -13,7 +13,7 @@ import ast
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -80,7 +80,9 @@ def parse(text: str, kinds: Sequence[type[Intervention]]) -> Intervention:
     """An intervention from a line of text: `"fastv:keep=0.25,layer=2"`.
 
     Args:
-        text: the name of a method, as its file is called, and its hyperparameters as Python literals.
+        text: the name of a method, as its file is called, and its hyperparameters as Python literals; those
+            that are text need no quotes, which a shell takes away. Where a method has presets,
+            `preset=NAME` takes one, and further hyperparameters replace its own.
         kinds: the methods to choose from.
 
     Raises:
@@ -92,15 +94,29 @@ def parse(text: str, kinds: Sequence[type[Intervention]]) -> Intervention:
     if kind is None:
         raise ValueError(f"no method is called {name!r}; there are {', '.join(known)}")
     names = [field.name for field in fields(kind)]
+    texts = {field.name for field in fields(kind) if field.type in (str, "str")}
+    presets: Any = getattr(kind, "preset", None)
+    if presets is not None:
+        names.append("preset")
+        texts.add("preset")
+
+    def value(word: ast.keyword) -> Any:
+        if word.arg in texts and isinstance(word.value, ast.Name):
+            return word.value.id
+        return ast.literal_eval(word.value)
+
     try:
         call = ast.parse(f"f({rest})", mode="eval").body
         assert isinstance(call, ast.Call)
-        arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        arguments = {str(word.arg): value(word) for word in call.keywords}
     except (SyntaxError, ValueError):
         arguments, call = {}, None
     if call is None or call.args or not set(arguments) <= set(names):
         raise ValueError(f"cannot read {text!r}: write {name}:NAME=VALUE,... with {', '.join(names)}")
     try:
+        if "preset" in arguments and presets is not None:
+            made: Intervention = replace(presets(arguments.pop("preset")), **arguments)
+            return made
         return kind(**arguments)
     except TypeError as error:  # a hyperparameter without a default, or of another type
         raise ValueError(f"cannot make {name} of {text!r}: {error}") from error

@@ -20,7 +20,7 @@ from visionsel.multimodal.families import find_family
 from visionsel.multimodal.families.family import Encoded
 from visionsel.multimodal.scope import PromptScope
 
-__all__ = ["Session", "open_session"]
+__all__ = ["Session", "open_session", "session_of"]
 
 _OPEN: dict[int, "Session"] = {}
 _LOCK = threading.Lock()
@@ -58,7 +58,7 @@ class Session:
         self.stack = ExitStack()
         self._drafted = 0
         self._encoded: dict[str, Encoded] = {}
-        self._taps: dict[int, list[tuple[Attend, bool]]] = {}
+        self._taps: dict[int, list[tuple[Attend, bool, bool]]] = {}
         self._holds: list[Callable[[], AbstractContextManager[None]]] = []
         self._observed: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
         self._observers: set[int] = set()
@@ -157,6 +157,10 @@ class Session:
             if everywhere or not self.aside:
                 watch(self.scope)
 
+    def draft(self, tokens: int) -> None:
+        """Say of the next forward that so many tokens at its end are no prompt (`PromptScope.drafted`)."""
+        self._drafted = tokens
+
     def watch(self, function: Callable[[PromptScope], None], everywhere: bool = False) -> Callable[[], None]:
         """Call a function before each forward of the decoder, in the order of entry; returns what ends it.
 
@@ -213,17 +217,22 @@ class Session:
     # attention
 
     @contextmanager
-    def tap(self, layer: int, function: Attend, everywhere: bool = False) -> Iterator[None]:
+    def tap(
+        self, layer: int, function: Attend, everywhere: bool = False, outer: bool = False
+    ) -> Iterator[None]:
         """Send the attention calls of a decoder layer through a function, before those tapped earlier.
 
         Args:
             layer: number of the decoder layer.
             function: gets the call and what continues it, gives what the kernel gives.
             everywhere: also for prompts that run beside the main one.
+            outer: before all that are not, whenever these come: what changes the call, of which others read
+                queries, keys and masks.
         """
         self.tap_decoder()
-        functions, entry = self._taps.setdefault(layer, []), (function, everywhere)
-        functions.append(entry)
+        functions, entry = self._taps.setdefault(layer, []), (function, everywhere, outer)
+        inner = sum(not is_outer for _, _, is_outer in functions)
+        functions.insert(len(functions) if outer else inner, entry)
         try:
             yield
         finally:
@@ -243,7 +252,7 @@ class Session:
             if self.untapped:
                 return call.run()[0], None  # no weights, which transformers would collect
             run: Callable[[AttentionCall], Output] = AttentionCall.run
-            for function, everywhere in self._taps.get(layer, ()):
+            for function, everywhere, _ in self._taps.get(layer, ()):
                 if everywhere or not self.aside:
                     run = _chain(function, run)
             return run(call)
@@ -271,7 +280,7 @@ class Session:
             found.append(call)
             raise _ProbedError
 
-        with self.tap(layer, stop, everywhere=True):
+        with self.tap(layer, stop, everywhere=True, outer=True):
             try:
                 module.self_attn(hidden_states=module.input_layernorm(hidden), **arguments)
             except _ProbedError:
@@ -318,6 +327,11 @@ class Session:
 
     def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._projected = args[0].detach()
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that is open on a model; None where no context is."""
+    return _OPEN.get(id(model))
 
 
 def _in_a_line(positions: Tensor | None, visual: Tensor) -> bool:

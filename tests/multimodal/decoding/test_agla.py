@@ -60,7 +60,7 @@ def test_alpha_0_changes_nothing_and_defaults_are_the_published_ones() -> None:
 
 
 def test_without_a_view_it_says_how_to_make_one() -> None:
-    with pytest.raises(ValueError, match="make one with image_relevance and masked"):
+    with pytest.raises(ValueError, match=r"pass view=matching_view\(model, processor, matcher\)"):
         AGLA()(tiny("llava")).__enter__()
 
 

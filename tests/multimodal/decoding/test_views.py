@@ -19,9 +19,9 @@ from visionsel.multimodal.decoding.views import (
     Disturbance,
     RandomTransform,
     RemoveImages,
-    _from_patches,
-    _to_patches,
     diffusion_share,
+    from_patches,
+    to_patches,
 )
 
 ONE_IMAGE = tuple(name for name in FAMILIES if name not in ("llava_next", "llava_onevision"))
@@ -288,8 +288,8 @@ def test_qwens_patches_are_those_of_the_picture() -> None:
         processor(images=[one], return_tensors="pt") for one in (picture, pictures.hflip(picture))
     )
     grid, patch = made["image_grid_thw"][0], (4, 2, 2)
-    images = _from_patches(made["pixel_values"], grid, patch)
+    images = from_patches(made["pixel_values"], grid, patch)
     assert torch.equal(images, torch.stack([picture, picture]))
-    assert torch.equal(_to_patches(images, grid, patch), made["pixel_values"])
+    assert torch.equal(to_patches(images, grid, patch), made["pixel_values"])
     view = RandomTransform(("hflip",), patch=patch)
     assert torch.equal(view(dict(made))["pixel_values"], mirrored["pixel_values"])

@@ -1,6 +1,7 @@
 """Heads that point are found, they lower invention, and the control beside them does not."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,16 @@ import torch
 
 from tests.multimodal.runs import ByScore
 from tests.multimodal.test_session import everything_on
-from visionsel.data.shapes import ShapesWorld
+from tests.multimodal.tiny import make_model
+from visionsel.data.shapes import CAPTION_PROMPT, SHAPES, ShapesWorld
 from visionsel.embedded import load_lvlm
 from visionsel.embedded.lvlm_quality import pointing_game
 from visionsel.multimodal.families.family import TokenLayout, View
+from visionsel.multimodal.intervention import parse
+from visionsel.multimodal.modulation import MODULATORS
 from visionsel.multimodal.modulation.grounding_heads import GroundingHeads, _others, invention
 from visionsel.multimodal.modulation.pointing import Pointing, _cover, pointing
+from visionsel.multimodal.modulation.samples import generate_captions
 
 
 @lru_cache
@@ -76,13 +81,60 @@ def test_a_preset_is_saved_and_read_with_its_report(tmp_path: Path) -> None:
     again = GroundingHeads.load(path)
     assert again == heads
     assert again.report == heads.report
-    assert json.loads(path.read_text())["strength"] == 1.6
+    content = json.loads(path.read_text())
+    assert content["strength"] == 1.6
+    shape = {"type": "llava", "decoder": "llama", "layers": 4, "heads": 4, "width": 128}
+    assert content["model"] == heads.model == again.model == shape
     by_hand = GroundingHeads({1: (0, 2)}, 2.0)
     assert GroundingHeads.load(by_hand.save(path)) == GroundingHeads({1: [0, 2]}, 2.0)
-    for content in ("{", "[]", '{"heads": [1], "strength": 1}', '{"heads": {"a": [1]}, "strength": 1}'):
-        path.write_text(content)
+    bad = ('{"heads": [1], "strength": 1}', '{"heads": {"a": [1]}, "strength": 1}')
+    for text in ("{", "[]", *bad, '{"heads": {"1": [1]}, "strength": 1, "model": {"type": "llava"}}'):
+        path.write_text(text)
         with pytest.raises(ValueError, match=r"shapes\.json is no preset of heads"):
             GroundingHeads.load(path)
+
+
+def test_heads_of_another_model_are_refused(tmp_path: Path) -> None:
+    model, _, _ = shapes()
+    heads = calibrated()
+    path = heads.save(tmp_path / "heads.json")
+    assert GroundingHeads.load(path, model) == heads
+    other = make_model("llava")
+    before = everything_on(other)
+    sentence = (
+        "these heads are of another model: llava with a llama of 4 layers, 4 heads a layer, width 128; this"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        GroundingHeads.load(path, other)
+    with pytest.raises(ValueError, match=sentence), replace(heads, strength=1.0)(other):
+        pass
+    assert everything_on(other) == before
+    with GroundingHeads(heads.heads)(other):  # by hand they are taken as they are
+        pass
+
+
+def test_the_preset_of_the_package_lowers_invention_on_scenes_it_has_not_seen() -> None:
+    model, processor, samples = shapes()
+    heads = GroundingHeads.preset("embedded")
+    report: Any = heads.report
+    assert report["chosen"]["chair_i"] < report["baseline"]["chair_i"] < report["control"]["chair_i"]
+    assert report["made"]["command"] == "python -m visionsel.embedded.grounding_preset"
+    assert parse("grounding_heads:preset=embedded", MODULATORS) == heads
+    assert parse('grounding_heads:preset="embedded",strength=2.0', MODULATORS) == replace(heads, strength=2.0)
+
+    def measured() -> dict[str, float]:
+        said = generate_captions(model, processor, samples, CAPTION_PROMPT, 40, 64)
+        return invention(said, samples, SHAPES)
+
+    before = measured()
+    with heads(model):
+        after = measured()
+    assert after["chair_i"] < 0.7 * before["chair_i"]
+    assert after["recall"] > before["recall"] - 0.04
+    with pytest.raises(ValueError, match="no preset of heads is called 'llava'; there are embedded"):
+        GroundingHeads.preset("llava")
+    with pytest.raises(ValueError, match="cannot read 'vhr:preset=embedded'"):
+        parse("vhr:preset=embedded", MODULATORS)
 
 
 def test_the_table_shows_the_control_beside_the_heads() -> None:

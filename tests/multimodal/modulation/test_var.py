@@ -16,18 +16,12 @@ from tests.multimodal.test_session import everything_on
 from tests.multimodal.tiny import FAMILIES, alone, grow, make_inputs, make_model
 from visionsel.multimodal.intervention import Stack
 from visionsel.multimodal.modulation import rows
-from visionsel.multimodal.modulation.var import (
-    VAR,
-    _published,
-    discover_sink_dims,
-    massiveness,
-    redistribute,
-    select,
-)
+from visionsel.multimodal.modulation.var import VAR, redistribute, select
 from visionsel.multimodal.modulation.vhr import VHR
 from visionsel.multimodal.pruning.fastv import FastV
 from visionsel.multimodal.pruning.pyramiddrop import PyramidDrop
 from visionsel.multimodal.session import Session, open_session
+from visionsel.multimodal.sinks import discover_sink_dims, massiveness, published_sink_dims
 
 SOME = ("llava", "qwen2_5_vl", "internvl", "gemma3")
 EVERY = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in FAMILIES]
@@ -288,9 +282,9 @@ def test_published_dimensions_are_taken_for_their_models(
     width: int, layers: int, heads: int, dims: tuple[int, ...]
 ) -> None:
     shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    assert _published(LlamaConfig(**shape, vocab_size=32064, max_position_embeddings=4096)) == dims
-    assert _published(LlamaConfig(**shape, vocab_size=128256, max_position_embeddings=8192)) is None
-    assert _published(LlamaConfig(**shape, vocab_size=32064, max_position_embeddings=2048)) is None
+    assert published_sink_dims(LlamaConfig(**shape, vocab_size=32064, max_position_embeddings=4096)) == dims
+    assert published_sink_dims(LlamaConfig(**shape, vocab_size=128256, max_position_embeddings=8192)) is None
+    assert published_sink_dims(LlamaConfig(**shape, vocab_size=32064, max_position_embeddings=2048)) is None
 
 
 # in company

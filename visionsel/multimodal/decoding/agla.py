@@ -5,11 +5,11 @@ from the second token on, which makes it the main view: `fidelity="code"`. Answe
 Two equal views sharpen to temperature `1 / (1 + alpha)`, so compare with that, and with greedy decoding.
 
     blip = BlipForImageTextRetrieval.from_pretrained(...)
-    asked = blip_processor(images=picture, text=question, return_tensors="pt")
-    relevance, match = image_relevance(blip, **asked)
-    local = masked(picture, relevance[0], float(match[0]))
-    with AGLA(view=lambda inputs: dict(processor(images=local, text=prompt, return_tensors="pt")))(model):
+    matcher = BlipMatcher(blip, AutoProcessor.from_pretrained(...))
+    with AGLA(view=matching_view(model, processor, matcher))(model):
         out = model.generate(**inputs)
+
+The matchers and `matching_view` are in `visionsel.multimodal.decoding.matching`; here is what they rest on.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from visionsel.multimodal.decoding.two_view import TwoView, View, Views, agree, 
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.session import Session
 
-__all__ = ["AGLA", "image_relevance", "masked", "relevant"]
+__all__ = ["AGLA", "image_relevance", "masked", "pixel_mask", "relevant"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class AGLA(Intervention):
     Args:
         alpha: how strongly; 0: everything is as without AGLA.
         beta: tokens less probable than `beta` times the most probable one are out; 0: all are in.
-        view: of the inputs of `generate()`, with the image masked; see `image_relevance` and `masked`. There
-            is no default: what is relevant says another model, which reads picture and question.
+        view: of the inputs of `generate()`, with the image masked; `matching_view` makes one. There is no
+            default: what is relevant says another model, which reads picture and question.
         fidelity: `"paper"`, or `"code"`: the second view counts for the first token, and is the main one
             after.
 
@@ -60,14 +60,16 @@ class AGLA(Intervention):
         """See `Intervention`; yields the second view's side."""
         if self.view is None:
             raise ValueError(
-                "AGLA needs a view with the image masked by its relevance to the question: make one with "
-                "image_relevance and masked of visionsel.multimodal.decoding.agla, and pass view="
+                "AGLA needs a view with the image masked by its relevance to the question, which another "
+                "model knows: pass view=matching_view(model, processor, matcher), with a BlipMatcher or a "
+                "ClipMatcher of visionsel.multimodal.decoding"
             )
         once = self.fidelity == "code"
         with TwoView(self.view, agree(self.alpha), self.beta, once).attach(session) as views:
             yield views
 
 
+@torch.inference_mode(False)  # it takes gradients, whatever the caller does
 def image_relevance(
     model: nn.Module, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int = 6
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def image_relevance(
     seen: list[Tensor] = []
     attention = blip.text_encoder.encoder.layer[layer].crossattention.self
     handle = attention.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    given = {"input_ids": input_ids.clone(), "attention_mask": attention_mask.clone()}
     try:
         with torch.enable_grad():  # the pixels carry the gradient, whatever the parameters do
             pixels = pixel_values.detach().clone().requires_grad_()
@@ -99,7 +101,7 @@ def image_relevance(
     finally:
         handle.remove()
     with torch.no_grad():
-        match = blip(pixel_values=pixel_values, **given, use_itm_head=False).itm_score.diagonal()
+        match = blip(pixel_values=pixels.detach(), **given, use_itm_head=False).itm_score.diagonal()
     side = blip.config.vision_config.patch_size
     grid = tuple(length // side for length in pixel_values.shape[-2:])
     cam = (weights.detach() * slope.clamp(min=0)).mean(1)[..., 1:]  # without the class token of the image
@@ -141,6 +143,20 @@ def masked(picture: Any, relevance: Tensor, match: float) -> Any:
 
         return to_pil_image(masked(pil_to_tensor(picture.convert("RGB")), relevance, match))
     height, width = picture.shape[-2:]
+    return picture * pixel_mask(relevance, match, height, width).to(picture.device)
+
+
+def pixel_mask(relevance: Tensor, match: float, height: int, width: int) -> Tensor:
+    """Which pixels of a picture stay.
+
+    Args:
+        relevance: `[h, w]` of the patches, which cover all of the picture.
+        match: of image and text.
+        height, width: of the picture.
+
+    Returns:
+        bool `[height, width]`.
+    """
     wide = functional.interpolate(
         relevance[None, None].double(), (height, width), mode="bicubic", align_corners=False
     )
@@ -148,4 +164,4 @@ def masked(picture: Any, relevance: Tensor, match: float) -> Any:
     reach = min(int(4 * sigma + 0.5), height - 1, width - 1)
     if reach:
         wide = gaussian_blur(wide, [2 * reach + 1] * 2, [sigma] * 2)
-    return picture * relevant(wide[0, 0], match).to(picture.device)
+    return relevant(wide[0, 0], match)

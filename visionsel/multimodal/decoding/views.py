@@ -7,7 +7,7 @@ has the same view in any batch. To work on the picture itself, prepare the input
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -113,7 +113,7 @@ class RemoveImages:
         Raises:
             ValueError: for a sample that has no text.
         """
-        ids, mask = inputs["input_ids"], _mask_of(inputs)
+        ids, mask = inputs["input_ids"], mask_of(inputs)
         keep = mask.bool() & ~torch.isin(ids, torch.tensor(self.tokens, device=ids.device))
         if not bool(keep.any(1).all()):
             raise ValueError("a sample is nothing but images, and cannot be read without them")
@@ -165,24 +165,33 @@ class Disturbance:
 
     def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The same inputs with longer prompts."""
-        ids, mask = inputs["input_ids"], _mask_of(inputs)
+        ids, mask = inputs["input_ids"], mask_of(inputs)
         first = mask.int().argmax(1).tolist()
         cuts = [
             place + int(self.bos is not None and int(row[place]) == self.bos)
             for row, place in zip(ids, first, strict=True)
         ]
-        view = {name: value for name, value in inputs.items() if name != "position_ids"}
-        view["attention_mask"] = mask
-        for name in SEQUENCES:
-            if name in view:
-                value = view[name]
-                fill = {"input_ids": list(self.ids), "attention_mask": [1] * len(self.ids)}
-                added = value.new_tensor(fill.get(name, [0] * len(self.ids)))
-                rows = [
-                    torch.cat((row[:cut], added, row[cut:])) for row, cut in zip(value, cuts, strict=True)
-                ]
-                view[name] = torch.stack(rows)
-        return view
+        return with_tokens(inputs, self.ids, cuts)
+
+
+def with_tokens(inputs: dict[str, Any], ids: Sequence[int], cuts: Sequence[int]) -> dict[str, Any]:
+    """The same inputs with tokens of text put in.
+
+    Args:
+        inputs: of `generate()`.
+        ids: of the tokens.
+        cuts: for each sample the place in front of which they go.
+    """
+    view = {name: value for name, value in inputs.items() if name != "position_ids"}
+    view["attention_mask"] = mask_of(inputs)
+    fill = {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+    for name in SEQUENCES:
+        if name in view:
+            value = view[name]
+            added = value.new_tensor(fill.get(name, [0] * len(ids)))
+            rows = [torch.cat((row[:cut], added, row[cut:])) for row, cut in zip(value, cuts, strict=True)]
+            view[name] = torch.stack(rows)
+    return view
 
 
 @dataclass(frozen=True)
@@ -240,8 +249,8 @@ class RandomTransform:
             return self.apply(wide, kind, luck).to(pixels)
         if self.patch is None:
             raise ValueError("these pixels are flat patches; make the view with RandomTransform.of(model)")
-        images = self.apply(_from_patches(wide, grid, self.patch), kind, luck)
-        return _to_patches(images, grid, self.patch).to(pixels)
+        images = self.apply(from_patches(wide, grid, self.patch), kind, luck)
+        return to_patches(images, grid, self.patch).to(pixels)
 
     def apply(self, pixels: Tensor, kind: str, luck: np.random.Generator) -> Tensor:
         """One transform on pictures `[n, C, H, W]`, all alike."""
@@ -286,7 +295,7 @@ def _crop(height: int, width: int, luck: np.random.Generator) -> tuple[int, int,
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _from_patches(patches: Tensor, grid: Tensor, patch: tuple[int, int, int]) -> Tensor:
+def from_patches(patches: Tensor, grid: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """Qwen's patches `[t h w, C frames side side]` of one image as pictures `[t frames, C, H, W]`."""
     (t, h, w), (side, merge, frames) = grid.tolist(), patch
     x = patches.view(t, h // merge, w // merge, merge, merge, -1, frames, side, side)
@@ -294,16 +303,54 @@ def _from_patches(patches: Tensor, grid: Tensor, patch: tuple[int, int, int]) ->
     return x.reshape(t * frames, -1, h * side, w * side)
 
 
-def _to_patches(images: Tensor, grid: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """The reverse of `_from_patches`."""
+def to_patches(images: Tensor, grid: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """The reverse of `from_patches`."""
     (t, h, w), (side, merge, frames) = grid.tolist(), patch
     x = images.reshape(t, frames, -1, h // merge, merge, side, w // merge, merge, side)
     return x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
 
 
-def _mask_of(inputs: dict[str, Any]) -> Tensor:
+def mask_of(inputs: dict[str, Any]) -> Tensor:
+    """The attention mask of a prompt, or what it is without one."""
     mask: Tensor | None = inputs.get("attention_mask")
     return torch.ones_like(inputs["input_ids"]) if mask is None else mask
+
+
+def samples_of(
+    inputs: dict[str, Any], name: str, token: int, patch: tuple[int, int, int] | None
+) -> list[int]:
+    """For each row of pixels (an image, or a crop), or each grid of flat patches, the sample it belongs to.
+
+    Args:
+        inputs: of `generate()`.
+        name: of the pixels in them.
+        token: the id that stands for them.
+        patch: of flat patches, see `RandomTransform`.
+
+    Raises:
+        NotImplementedError: where samples have several images and their tokens do not say which.
+    """
+    pixels, ids = inputs[name], inputs["input_ids"]
+    tokens = ((ids == token) & mask_of(inputs).bool()).sum(1).tolist()
+    samples = len(tokens)
+    if pixels.ndim == 2:
+        assert patch is not None
+        merged = (inputs[PIXELS[name]].prod(1) // patch[1] ** 2).tolist()
+        owners, left = [], list(tokens)
+        for number in merged:  # in the order of the prompts
+            owner = next((sample for sample in range(samples) if left[sample]), samples - 1)
+            left[owner] -= number
+            owners.append(owner)
+        return owners
+    if len(pixels) == samples:
+        return list(range(samples))
+    rows = [len(pixels) * number / max(1, sum(tokens)) for number in tokens]
+    if pixels.ndim != 4 or any(number != int(number) for number in rows):
+        raise NotImplementedError(
+            f"{len(pixels)} images for {samples} samples, and this family's tokens do not say whose they "
+            "are; give each sample one image, or one sample at a time"
+        )
+    return [sample for sample, number in enumerate(rows) for _ in range(int(number))]  # rows of equal tokens
 
 
 def _change_pixels(inputs: dict[str, Any], seed: int, change: Change) -> dict[str, Any]:

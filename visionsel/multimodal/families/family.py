@@ -81,11 +81,14 @@ class Family:
         name: in messages.
         model_types: values of `config.model_type` of the whole model.
         has_cls: the sequence of the vision tower starts with a class token.
+        one_layout_an_image: without processor and sizes too, `layouts` has one entry for each image; False
+            where the model gets pictures and is not told which of them make up an image.
     """
 
     name: str
     model_types: tuple[str, ...]
     has_cls: bool = False
+    one_layout_an_image: bool = True
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The language model below the head: it has `layers`, `norm` and `config`."""

@@ -29,6 +29,7 @@ class Gemma3(Family):
 
     name = "Gemma 3"
     model_types = ("gemma3",)
+    one_layout_an_image = False
 
     def tower_layers(self, model: nn.Module) -> Sequence[nn.Module]:
         return model.model.vision_tower.encoder.layers  # type: ignore[union-attr, return-value]

@@ -24,6 +24,7 @@ class Idefics3(Family):
 
     name = "Idefics3"
     model_types = ("idefics3", "smolvlm")
+    one_layout_an_image = False
 
     def decoder(self, model: nn.Module) -> nn.Module:
         return model.model.text_model  # type: ignore[union-attr, return-value]

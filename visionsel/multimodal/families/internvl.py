@@ -18,6 +18,7 @@ class InternVL(Family):
     name = "InternVL"
     model_types = ("internvl",)
     has_cls = True
+    one_layout_an_image = False
 
     def tower_layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers of InternViT."""

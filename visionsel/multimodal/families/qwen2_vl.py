@@ -68,7 +68,7 @@ def grid_layouts(
         sizes: height and width of each image, or of the frames of each video.
 
     Raises:
-        ValueError: if the number of sizes is not that of the images.
+        ValueError: if the number of sizes is not that of the images, or a size has another shape.
     """
     merge: int = model.config.vision_config.spatial_merge_size  # type: ignore[union-attr, assignment]
     call = grids(encoded)
@@ -79,6 +79,12 @@ def grid_layouts(
                 f"{len(sizes)} sizes for {len(call)} {encoded.modality}s; "
                 f"give height and width of each {encoded.modality} of the call, in the order of the prompts"
             )
+        for number, ((_, h, w), (height, width)) in enumerate(zip(call, sizes, strict=True)):
+            if not _fits((h // merge, w // merge), (height, width)):
+                raise ValueError(
+                    f"{encoded.modality} {number} has {h // merge} x {w // merge} tokens, which cannot be "
+                    f"{height} x {width} pixels stretched; give (height, width) of the original"
+                )
         boxes = [(0.0, 0.0, float(width), float(height)) for height, width in sizes]
     layouts, start = [], 0
     for (steps, height, width), box in zip(call, boxes, strict=True):
@@ -88,3 +94,10 @@ def grid_layouts(
         layouts.append(TokenLayout(n, tuple(View(kind, step, step + start, box) for step in index)))
         start += n
     return layouts
+
+
+def _fits(grid: tuple[int, int], size: Sequence[int]) -> bool:
+    """Whether one factor, with less than a token of rounding, makes rows and columns of height and width."""
+    (rows, columns), (height, width) = grid, size
+    least = max((rows - 1) / height, (columns - 1) / width)
+    return least <= min((rows + 1) / height, (columns + 1) / width)

@@ -5,8 +5,10 @@ from visionsel.multimodal.modulation.act import ACT
 from visionsel.multimodal.modulation.grounding_heads import GroundingHeads
 from visionsel.multimodal.modulation.head_importance import HeadImportance, head_importance
 from visionsel.multimodal.modulation.pai import PAI
-from visionsel.multimodal.modulation.var import VAR, discover_sink_dims
+from visionsel.multimodal.modulation.paint import Paint
+from visionsel.multimodal.modulation.var import VAR
 from visionsel.multimodal.modulation.vhr import VHR
+from visionsel.multimodal.sinks import discover_sink_dims
 
 __all__ = [
     "ACT",
@@ -16,6 +18,7 @@ __all__ = [
     "VHR",
     "GroundingHeads",
     "HeadImportance",
+    "Paint",
     "discover_sink_dims",
     "head_importance",
 ]
@@ -25,5 +28,6 @@ MODULATORS: list[type[Intervention]] = [
     VAR,
     ACT,
     PAI,
+    Paint,
     GroundingHeads,
 ]

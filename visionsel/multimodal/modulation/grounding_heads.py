@@ -6,6 +6,9 @@ invention without lowering recall the best are put together as long as they help
 measured on one half of the samples, what it gives on the other half, beside a control: other heads at the
 same strength. Part of a gain can be that fewer objects are mentioned; the report has recall and mentions for
 that.
+
+`save` writes the heads of a model with their report, `load` reads them; they work on that kind of model only.
+`GroundingHeads.preset("embedded")` has those of the model of the package.
 """
 
 import json
@@ -23,13 +26,15 @@ from torch import Tensor, nn
 from visionsel.data.shapes import CAPTION_PROMPT, SHAPES
 from visionsel.files import write_json
 from visionsel.multimodal.intervention import Intervention
-from visionsel.multimodal.modulation.heads import scaled_heads
+from visionsel.multimodal.modulation.heads import head_shape, scaled_heads
 from visionsel.multimodal.modulation.pointing import Pointing, pointing
 from visionsel.multimodal.modulation.samples import generate_captions, object_name
-from visionsel.multimodal.session import Session
+from visionsel.multimodal.session import Session, open_session
 
 __all__ = ["GroundingHeads", "invention"]
 
+PRESETS = Path(__file__).parent / "grounding_presets"
+_MODEL = ("type", "decoder", "layers", "heads", "width")
 Score = Callable[[Sequence[str], Sequence[Any]], Mapping[str, float]]
 Heads = dict[int, list[int]]
 
@@ -42,42 +47,88 @@ class GroundingHeads(Intervention):
         heads: for each layer its heads, from 0.
         strength: what their outputs are multiplied by.
         report: how `calibrate` found them, and what they and the control give; None for heads given by hand.
+        model: whose heads they are: `type` and `decoder`, as their configurations call them, `layers`,
+            `heads` a layer and `width` of the decoder. None for heads given by hand, which are taken as they
+            are.
     """
 
     heads: Mapping[int, Sequence[int]]
     strength: float = 1.6
     report: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    model: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @contextmanager
     def attach(self, session: Session) -> Iterator[dict[int, Tensor]]:
         """See `Intervention`; yields for each layer bool `[heads]`: the strengthened ones.
 
         Raises:
-            ValueError: for layers or heads that do not exist, or a strength that is no positive number.
+            ValueError: for layers or heads that do not exist, heads of another model, or a strength that is
+                no positive number.
         """
         if not 0 < self.strength < float("inf"):
             raise ValueError(f"strength must be a positive number, got {self.strength!r}; 1 changes nothing")
+        if self.model is not None and dict(self.model) != (here := _described(session)):
+            raise ValueError(
+                f"these heads are of another model: {_words(self.model)}; this one is {_words(here)}. Find "
+                "its own with GroundingHeads.calibrate"
+            )
         with scaled_heads(session, self.heads, self.strength) as chosen:
             yield chosen
 
     def save(self, path: str | Path) -> Path:
-        """Write heads, strength and report as JSON, whole or not at all."""
-        heads = {str(layer): list(chosen) for layer, chosen in self.heads.items()}
-        return write_json({"heads": heads, "strength": self.strength, "report": self.report}, path)
+        """Write heads, strength, report and model as JSON, whole or not at all."""
+        content = {
+            "model": self.model,
+            "heads": _plain(self.heads),
+            "strength": self.strength,
+            "report": self.report,
+        }
+        return write_json(content, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "GroundingHeads":
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "GroundingHeads":
         """Read what `save` wrote.
 
+        Args:
+            path: of the file.
+            model: that the heads are for; None: it is checked when the context is entered.
+
         Raises:
-            ValueError: for a file with other content.
+            FileNotFoundError: where there is no file.
+            ValueError: for a file with other content, or heads that do not fit the model.
         """
         try:
             content = json.loads(Path(path).read_text())
             heads = {int(layer): [int(head) for head in chosen] for layer, chosen in content["heads"].items()}
-            return cls(heads, float(content["strength"]), content.get("report"))
+            about = content.get("model")
+            if about is not None and set(about) != set(_MODEL):
+                raise ValueError(f"of the model it must say {', '.join(_MODEL)}")
+            found = cls(heads, float(content["strength"]), content.get("report"), about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no preset of heads: {error}") from error
+        if model is not None:
+            with found(model):  # checks, and leaves the model as it was
+                pass
+        return found
+
+    @classmethod
+    def preset(cls, name: str) -> "GroundingHeads":
+        """Heads that ship with the package, with their report.
+
+        Args:
+            name: `"embedded"`: of `visionsel.embedded.load_lvlm`, as
+                `python -m visionsel.embedded.grounding_preset` finds them.
+
+        Raises:
+            ValueError: for a name that there is not.
+        """
+        known = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
+        if name not in known:
+            raise ValueError(
+                f"no preset of heads is called {name!r}; there are {', '.join(known)}. For another model "
+                "find heads with GroundingHeads.calibrate, save and load them"
+            )
+        return cls.load(known[name])
 
     @classmethod
     def calibrate(
@@ -114,9 +165,9 @@ class GroundingHeads(Intervention):
             max_new_tokens: of a caption.
 
         Returns:
-            the heads, with a report: `baseline`, `chosen` and `control`, scores of the odd samples;
-            `control_heads`; `trials`, scores of the even ones for each set that was tried; `pointing` and
-            `chance`, see `pointing`; `samples`.
+            the heads, with the model, and a report: `baseline`, `chosen` and `control`, scores of the odd
+            samples; `control_heads`; `trials`, scores of the even ones for each set that was tried;
+            `pointing` and `chance`, see `pointing`; `samples`.
 
         Raises:
             ValueError: for fewer than 4 samples or impossible numbers, or when no head lowers invention
@@ -152,7 +203,8 @@ class GroundingHeads(Intervention):
             "chance": points.chance,
             "samples": [len(even), len(odd)],
         }
-        return cls(heads, strength, report)
+        with open_session(model) as session:
+            return cls(heads, strength, report, _described(session))
 
     def table(self) -> str:
         """The report for reading: a line each for the baseline, the chosen heads and the control.
@@ -209,6 +261,19 @@ def _choose(
             f"lowering recall by more than {recall_loss}; leave the model as it is, or try another strength"
         )
     return _together(chosen), trials
+
+
+def _described(session: Session) -> dict[str, Any]:
+    """What tells models apart whose heads mean different things."""
+    layers, heads = head_shape(session)
+    config: Any = session.model.config
+    decoder: Any = session.decoder.config
+    values = (config.model_type, decoder.model_type, layers, heads, int(decoder.hidden_size))
+    return dict(zip(_MODEL, values, strict=True))
+
+
+def _words(model: Mapping[str, Any]) -> str:
+    return "{type} with a {decoder} of {layers} layers, {heads} heads a layer, width {width}".format(**model)
 
 
 def _together(heads: Sequence[tuple[int, int]]) -> Heads:

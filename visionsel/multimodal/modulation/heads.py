@@ -59,13 +59,16 @@ def check_layers(layers: Iterable[int], session: Session) -> list[int]:
 
 
 @contextmanager
-def head_hook(session: Session, layer: int, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def head_hook(
+    session: Session, layer: int, function: Callable[[Tensor], Tensor | None], first: bool = False
+) -> Iterator[None]:
     """Multiply the outputs of the heads of a layer while a context is open.
 
     Args:
         session: of the model.
         layer: number of the decoder layer.
         function: from outputs `[B, T, heads, head_dim]` to factors that broadcast to them; None leaves them.
+        first: before all that are not, whenever these come: what measures outputs that others scale.
     """
     heads = head_shape(session)[1]
 
@@ -76,7 +79,7 @@ def head_hook(session: Session, layer: int, function: Callable[[Tensor], Tensor 
             return None
         return ((outputs * factors.to(outputs)).flatten(-2), *args[1:])
 
-    handle = output_projection(session.layers[layer]).register_forward_pre_hook(hook)
+    handle = output_projection(session.layers[layer]).register_forward_pre_hook(hook, prepend=first)
     try:
         yield
     finally:

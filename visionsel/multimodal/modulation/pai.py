@@ -5,10 +5,10 @@ LVLMs", arXiv:2407.21771; release LALBJ/PAI. The attention logits of the token t
 from are raised at the image tokens by `alpha` times their absolute value, before the softmax, in all heads of
 all layers but the first two.
 
-The other half of PAI, its contrast with the prompt without the image, is a matter of decoding and not done
-here. The release changes the weights of the eager kernel, in a span that holds the image; here any kernel
-runs, the output is corrected (`visionsel.multimodal.modulation.rows`), and the tokens of all images are
-raised, whatever stands between them.
+The other half of PAI, its contrast with the prompt without the image, is a matter of decoding:
+`visionsel.multimodal.decoding.PAIGuidance`. The release changes the weights of the eager kernel, in a span
+that holds the image; here any kernel runs, the output is corrected (`visionsel.multimodal.modulation.rows`),
+and the tokens of all images are raised, whatever stands between them.
 """
 
 import math
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.modulation.heads import check_layers
+from visionsel.multimodal.modulation.margins import raised
 from visionsel.multimodal.modulation.rows import Edited, RowEditor, Rows
 from visionsel.multimodal.session import Session
 
@@ -75,5 +75,4 @@ def amplify(logits: Tensor, visual: Tensor, alpha: float = 0.2) -> Tensor:
     Returns:
         `[B, heads, t, k]`.
     """
-    raised = visual[:, None, None] & torch.isfinite(logits)
-    return torch.where(raised, logits + alpha * logits.abs(), logits)
+    return raised(logits, alpha * visual.to(logits.dtype))

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from visionsel.multimodal.attention import AttentionCall, Output, attention_logits
 from visionsel.multimodal.cache import cache_of, seen_tokens
 from visionsel.multimodal.intervention import Intervention
+from visionsel.multimodal.scope import PromptScope
 from visionsel.multimodal.session import Session
 
 __all__ = ["Edited", "Prompt", "RowEditor", "Rows"]
@@ -39,6 +40,7 @@ class Prompt:
         visual: bool `[B, L]`: tokens that stand for images and videos.
         final: int64 `[B, 1]`: the place of the last of them, -1 without any.
         pictured: whether there are any at all.
+        chosen: bool `[B, sets, L]`: tokens of the images that the method chose; None where it does not.
         marks: for each layer bool `[B, n]` or `[B, heads, n]`: tokens that the method marked.
         changed: for each layer the number of rows that changed, over samples, heads and steps.
     """
@@ -46,6 +48,7 @@ class Prompt:
     visual: Tensor
     final: Tensor
     pictured: bool
+    chosen: Tensor | None = None
     marks: dict[int, Tensor] = field(default_factory=dict)
     changed: dict[int, Tensor] = field(default_factory=dict)
 
@@ -53,7 +56,8 @@ class Prompt:
         """The same for other rows of the batch."""
         index = index.to(self.visual.device)
         marks = {layer: mark[index.to(mark.device)] for layer, mark in self.marks.items()}
-        return replace(self, visual=self.visual[index], final=self.final[index], marks=marks)
+        chosen = None if self.chosen is None else self.chosen[index]
+        return replace(self, visual=self.visual[index], final=self.final[index], chosen=chosen, marks=marks)
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,22 @@ class Rows:
     """Rows of the attention of one layer, as the kernel has them.
 
     Attributes:
+        layer: its number.
         call: of the kernel.
         index: int64 `[t]`: their places among the queries of the call.
         wanted: bool `[B, t]`: the rows that the method asked for.
         visual: bool `[B, k]`: keys that stand for images.
         marked: bool `[B, k]` or `[B, heads, k]`: keys that the method marked.
+        chosen: bool `[B, sets, k]`: keys that the method chose; None where it does not.
     """
 
+    layer: int
     call: AttentionCall
     index: Tensor
     wanted: Tensor
     visual: Tensor
     marked: Tensor
+    chosen: Tensor | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -101,6 +109,7 @@ class RowEditor:
         mark_generated: whether tokens after the prompt may be marked.
         measure: tells from the attention over a prompt, whose tokens are bool `[B, k]`, which keys
             `[B, heads, k]` to mark; instead of `mark`.
+        choose: tells of a prompt with images, once it is read, sets of its tokens, bool `[B, sets, L]`.
 
     Attributes:
         prompt: what is known of the one read last; None before the first.
@@ -115,9 +124,11 @@ class RowEditor:
         mark: Callable[[Tensor], Tensor] | None = None,
         mark_generated: bool = True,
         measure: Callable[[AttentionCall, Tensor], Tensor] | None = None,
+        choose: Callable[[PromptScope], Tensor] | None = None,
     ) -> None:
         self.session, self.method, self.edit, self.which = session, method, edit, which
         self.mark, self.mark_generated, self.measure = mark, mark_generated, measure
+        self.choose = choose
         self.prompt: Prompt | None = None
         self._read: object = None
         self._caches: dict[int, tuple[Any, int]] = {}  # and tokens seen, of layers that were entered
@@ -175,7 +186,9 @@ class RowEditor:
         assert scope is not None
         place = torch.arange(scope.length, device=scope.visual.device).expand_as(scope.visual)
         final = place.masked_fill(~scope.visual, -1).amax(1, keepdim=True)
-        prompt = Prompt(scope.visual, final, bool(scope.visual.any()))
+        pictured = bool(scope.visual.any())
+        chosen = self.choose(scope) if self.choose is not None and pictured else None
+        prompt = Prompt(scope.visual, final, pictured, chosen)
         if cache is not None:
             _prompts(cache)[self.method] = prompt
         return prompt
@@ -260,11 +273,12 @@ class RowEditor:
                 prompt.marks[number] = _spread(marks, places, scope.length)
             marked = prompt.marks.get(number)
             marked = torch.zeros_like(visual) if marked is None else _at(marked, places[:, -k:])
+            chosen = None if prompt.chosen is None else _at(prompt.chosen, places[:, -k:])
             count = prompt.changed.get(number, torch.zeros((), dtype=torch.int64, device=device))
             # a step of generation has one row: no need to wait for the device to say which
             index = torch.arange(1, device=device) if q == 1 else wanted.any(0).nonzero()[:, 0]
             for part in index.split(CHUNK):
-                rows = Rows(call, part, wanted[:, part], visual, marked)
+                rows = Rows(number, call, part, wanted[:, part], visual, marked, chosen)
                 edited, changed = self.edit(rows)
                 changed = changed & rows.wanted[:, None]
                 count = count + changed.sum()

@@ -95,7 +95,7 @@ class Reinforced:
         stack.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(self._end, with_kwargs=True).remove)
         for layer in self._layers:
-            stack.enter_context(head_hook(self._session, layer, partial(self._factors, layer)))
+            stack.enter_context(head_hook(self._session, layer, partial(self._factors, layer), first=True))
 
     def _forget(self) -> None:
         self._text = self._with_image = self._current = None

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from visionsel.multimodal.dropping import Record
 from visionsel.multimodal.families.family import TokenLayout, View
+from visionsel.multimodal.families.raster import axis_cells
 from visionsel.viz import enlarge
 
 __all__ = ["draw_kept", "token_fates"]
@@ -116,9 +117,9 @@ def _stages(picture: Image.Image, views: Sequence[View], fates: torch.Tensor) ->
         x0, y0, x1, y1 = view.box or (0.0, 0.0, float(picture.width), float(picture.height))
         grid = fates[view.index].numpy()
         # a pixel belongs to the patch that holds its centre
-        rows = np.floor((np.arange(picture.height) + 0.5 - y0) / (y1 - y0) * grid.shape[0]).astype(int)
-        columns = np.floor((np.arange(picture.width) + 0.5 - x0) / (x1 - x0) * grid.shape[1]).astype(int)
-        down, across = (rows >= 0) & (rows < grid.shape[0]), (columns >= 0) & (columns < grid.shape[1])
+        rows = axis_cells(picture.height, y0, y1, grid.shape[0]).numpy()
+        columns = axis_cells(picture.width, x0, x1, grid.shape[1]).numpy()
+        down, across = rows >= 0, columns >= 0
         states[np.ix_(down, across)] = grid[np.ix_(rows[down], columns[across])]
     return states
 

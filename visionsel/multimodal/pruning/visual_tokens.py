@@ -1,7 +1,6 @@
 """The image tokens of a batch as a pruner sees them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,55 +10,9 @@ from torch import Tensor, nn
 from visionsel.multimodal.attention import AttentionCall, attention_rows
 from visionsel.multimodal.dropping import Arrival
 from visionsel.multimodal.families.family import Encoded, TokenLayout
+from visionsel.multimodal.tower import TowerCrop, pooled, tower_crops
 
 __all__ = ["TowerCrop", "VisualTokens"]
-
-
-@dataclass(frozen=True)
-class TowerCrop:
-    """What one crop (or frame, or image) looked at in a layer of the vision tower.
-
-    Attributes:
-        query, key: `[heads, length, head_dim]`, the class token, if there is one, at first.
-        scale: of the logits.
-        skip: 1 where there is a class token, else 0.
-        modality: `"image"` or `"video"`.
-        number: which crop of the tower's call it is, from 0.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    skip: int
-    modality: str = "image"
-    number: int = 0
-
-    @property
-    def patches(self) -> int:
-        """How many patches it has."""
-        return self.query.shape[1] - self.skip
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Attention `[heads, t, patches]` of patches `index` `[t]` as queries, a softmax over all keys."""
-        return self._attend(self.query[:, index + self.skip])
-
-    def received(self, chunk: int = 256) -> Tensor:
-        """`[heads, patches]`: what a patch gets, the mean over the queries (all patches)."""
-        total = self.key.new_zeros(
-            self.key.shape[0], self.patches, dtype=torch.promote_types(self.key.dtype, torch.float32)
-        )
-        for part in torch.arange(self.patches, device=self.key.device).split(chunk):
-            total += self.rows(part).sum(1)
-        return total / self.patches
-
-    def class_row(self) -> Tensor:
-        """Attention `[heads, patches]` of the class token."""
-        return self._attend(self.query[:, :1])[:, 0]
-
-    def _attend(self, query: Tensor) -> Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        logits = query.to(wide) @ self.key.to(wide).transpose(-1, -2) * self.scale
-        return logits.softmax(-1)[..., self.skip :]
 
 
 class VisualTokens:
@@ -212,27 +165,16 @@ class VisualTokens:
 
     def tower_crops(self, modality: str = "image") -> list[TowerCrop]:
         """What the crops of the whole batch looked at, in the order in which the tower saw them."""
-        encoded = self._arrival.scope.encoded.get(modality)
+        return tower_crops(self._arrival.scope, self._observed, modality)
+
+    @property
+    def _observed(self) -> int:
+        """The layer of the vision tower that was asked for."""
         if self._tower is None:
             raise RuntimeError(
                 f"the stage at layer {self.layer} did not ask for the vision tower (tower=True)"
             )
-        calls = encoded.layers.get(self._tower, ()) if encoded is not None else ()
-        if not calls:
-            raise RuntimeError(
-                "nothing is known of what the vision tower attended to: it did not run (precomputed "
-                "mm_encoder_outputs?) or did not call its attention kernel; pass the pixel values"
-            )
-        skip = int(self._arrival.scope.family.has_cls)
-        pairs = [
-            (query, key, scale)
-            for queries, keys, scale in calls
-            for query, key in zip(queries, keys, strict=True)
-        ]
-        return [
-            TowerCrop(query, key, scale, skip, modality, number)
-            for number, (query, key, scale) in enumerate(pairs)
-        ]
+        return self._tower
 
     def pool_tower(self, values: Callable[[TowerCrop], Tensor]) -> Tensor:
         """Map something of each patch to the tokens.
@@ -245,9 +187,7 @@ class VisualTokens:
         """
 
         def of(modality: str) -> Tensor:
-            encoded = self._arrival.scope.encoded[modality]
-            flat = torch.cat([values(crop).movedim(-1, 0) for crop in self.tower_crops(modality)])
-            return self._arrival.scope.family.pool(self.model, flat, encoded)
+            return pooled(self._arrival.scope, self._observed, values, modality)
 
         return self._spread(of)[0].movedim(1, -1)
 

@@ -93,13 +93,14 @@ class Yopo(Pruner):
             reading = Reading(session, dropper, self.window, self.fidelity == "code")
             session.shared["yopo"] = reading
             stack.callback(session.shared.pop, "yopo")
-            stack.callback(session.watch(reading.begin))
+            stack.callback(session.watch(reading.begin, everywhere=True))
             for number, layer in enumerate(session.layers[:stop]):
                 heads = inactive.get(number, [])
                 if self.window is not None or heads:
                     hook = layer.register_forward_pre_hook(reading.see_cache, with_kwargs=True)
                     stack.callback(hook.remove)
-                    stack.enter_context(session.tap(number, reading.attend(number, heads)))
+                    tap = session.tap(number, reading.attend(number, heads), everywhere=True, outer=True)
+                    stack.enter_context(tap)
                 if self.mlp_ratio > 1:
                     stack.enter_context(narrowed(layer.mlp, self.mlp_ratio, reading.image_rows(number)))
             pruned = Pruned(session, dropper)

@@ -74,8 +74,10 @@ class Reading:
         """Gives bool `[B, m]`, the image tokens among those that a layer works on; None if there are none."""
 
         def rows() -> Tensor | None:
-            visual = self._visual(layer) if self._scope.prefill else None
-            return visual if visual is not None and bool(visual.any()) else None
+            if self._session.untapped or not self._scope.prefill:  # a text beside, or no images in it
+                return None
+            visual = self._visual(layer)
+            return visual if bool(visual.any()) else None
 
         return rows
 
