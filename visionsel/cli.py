@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from visionsel import __version__
+from visionsel.cli_evaluate import add_evaluate
+from visionsel.cli_text import print_table, show_progress
 
 EPILOG = {
     "models": "example: visionsel models 'dinat_*'",
     "shapes": "example: visionsel data shapes --out shapes --size 2000 --image-size 64",
-    "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
     "generate": "example: visionsel generate scene.png 'describe the image.' --prune fastv:keep=0.25,layer=1",
-    "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
-    "hallucination": "example: visionsel evaluate hallucination --methods vhr vcd --seeds 0 1 2",
-    "chair": "example: visionsel evaluate chair llava.jsonl --instances instances_val2014.json "
-    "--references captions_val2014.json",
-    "pope": "example: visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json",
     "predict": "example: visionsel predict cat.jpg --model nat_tiny --checkpoint nat_tiny.pth --topk 3",
 }
 
@@ -146,116 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shapes.set_defaults(run=_data_shapes)
 
-    evaluate = verbs.add_parser("evaluate", help="measure models").add_subparsers(
-        dest="evaluation", required=True, metavar="NAME"
-    )
-    embedded = evaluate.add_parser(
-        "embedded",
-        parents=[common],
-        help="the models that ship with visionsel, on fresh scenes of the shapes world",
-        epilog=EPILOG["embedded"],
-    )
-    embedded.add_argument("--folder", type=Path, help="weights to measure (default: those of the package)")
-    embedded.add_argument("--models", nargs="+", metavar="MODEL", help="which (default: all)")
-    embedded.add_argument(
-        "--size", type=int, default=400, help="scenes of each distribution (default: 400, some minutes)"
-    )
-    embedded.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-    embedded.set_defaults(run=_evaluate_embedded)
-
-    pruning = evaluate.add_parser(
-        "pruning",
-        parents=[common],
-        help="whether pruners keep the answers right, on the vision-language model of the package",
-        epilog=EPILOG["pruning"],
-    )
-    pruning.add_argument("--methods", nargs="+", metavar="METHOD", help="which (default: all)")
-    pruning.add_argument(
-        "--keep",
-        nargs="+",
-        type=float,
-        default=[1.0, 0.5, 0.25, 0.1],
-        metavar="SHARE",
-        help="shares of the image tokens that a decoder layer has on average (default: 1 0.5 0.25 0.1)",
-    )
-    pruning.add_argument(
-        "--size", type=int, default=200, help="scenes (default: 200, some ten minutes for all methods)"
-    )
-    pruning.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-    pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
-    pruning.set_defaults(run=_evaluate_pruning)
-
-    hallucination = evaluate.add_parser(
-        "hallucination",
-        parents=[common],
-        help="what methods against invention give, and cost, on the vision-language model of the package",
-        epilog=EPILOG["hallucination"],
-    )
-    hallucination.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="modulators and two-view decoders (default: all)"
-    )
-    hallucination.add_argument(
-        "--size", type=int, default=200, help="scenes of each seed (default: 200, some minutes)"
-    )
-    hallucination.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        metavar="SEED",
-        help="of the scenes; several give mean and range (default: 0)",
-    )
-    hallucination.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    hallucination.set_defaults(run=_evaluate_hallucination)
-
-    chair = evaluate.add_parser(
-        "chair",
-        parents=[common],
-        help="which objects captions invent (CHAIR), beside their recall and length",
-        epilog=EPILOG["chair"],
-    )
-    chair.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="captions: JSON lines of image_id and caption"
-    )
-    chair.add_argument(
-        "--instances", nargs="+", type=Path, default=[], metavar="FILE", help="COCO's annotated objects"
-    )
-    chair.add_argument(
-        "--references",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="COCO's captions by people; CHAIR counts the objects of both",
-    )
-    chair.add_argument(
-        "--synonyms",
-        metavar="FILE",
-        help='a table of your own, or "shapes" for the shapes world (default: the 80 COCO classes)',
-    )
-    chair.add_argument(
-        "--parser",
-        default="nouns",
-        help="nouns, or one of published numbers: pattern (2018), wordnet (its ports) (default: nouns)",
-    )
-    chair.set_defaults(run=_evaluate_chair)
-
-    pope = evaluate.add_parser(
-        "pope",
-        parents=[common],
-        help="whether a model says yes to objects that are not there (POPE), beside its share of yes",
-        epilog=EPILOG["pope"],
-    )
-    pope.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="answers: JSON lines of answer, in the order of the questions or with their question_id",
-    )
-    pope.add_argument("--questions", type=Path, required=True, metavar="FILE", help="as POPE releases them")
-    pope.set_defaults(run=_evaluate_pope)
+    add_evaluate(verbs, common)
     return parser
 
 
@@ -266,7 +153,7 @@ def _models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    _print_table(
+    print_table(
         ["model", "parameters", "input", "classes", "weights"],
         [
             [
@@ -305,12 +192,6 @@ def list_releases(pattern: str = "*") -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -364,173 +245,19 @@ def _data_shapes(options: argparse.Namespace) -> None:
         options.distribution,
         options.image_size,
         caption_noise=options.caption_noise,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        progress=show_progress if sys.stderr.isatty() else None,
     )
     card = json.loads((root / "shapes.json").read_text())
     if options.json:
         print(json.dumps({"out": str(root), **card}, indent=2))
         return
-    _print_table(
+    print_table(
         ["split", "distribution", "seed", "images"],
         [
             [name, split["distribution"], str(split["seed"]), str(split["size"])]
             for name, split in card["splits"].items()
         ],
     )
-
-
-def _evaluate_embedded(options: argparse.Namespace) -> None:
-    from visionsel.embedded.evaluation import MODELS, check_goals, evaluate_embedded
-    from visionsel.embedded.files import WEIGHTS
-
-    results = evaluate_embedded(
-        options.folder or WEIGHTS,
-        options.models or MODELS,
-        options.size,
-        options.seed,
-        progress=lambda name: print(f"measuring {name}", file=sys.stderr, flush=True),
-    )
-    checks = check_goals(results)
-    if options.json:
-        print(json.dumps(results, indent=2))
-    else:
-        rows = [
-            [goal.measure, str(goal), f"{value:.3f}", "yes" if reached else "no"]
-            for goal, value, reached in checks
-        ]
-        _print_table(["measure", "goal", "measured", "reached"], rows)
-        print("\nall measures: --json")
-    if missed := [goal.measure for goal, _, reached in checks if not reached]:
-        raise ValueError(f"goals missed: {', '.join(missed)}")
-
-
-def _evaluate_pruning(options: argparse.Namespace) -> None:
-    from visionsel.embedded import load_lvlm
-    from visionsel.embedded.pruning_quality import MEASURES, evaluate_pruning, plot_rows, write_rows
-
-    rows = evaluate_pruning(
-        *load_lvlm(),
-        options.methods,
-        options.keep,
-        options.size,
-        options.seed,
-        progress=lambda name: print(name, file=sys.stderr, flush=True),
-    )
-    if options.csv is not None:
-        write_rows(rows, options.csv)
-    if options.plot is not None:
-        plot_rows(rows, options.plot)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return
-    numbers = ["equivalent_tokens", "flops_ratio", "cache_ratio", *MEASURES]
-    _print_table(
-        ["method", "keep", "tokens", "FLOPs", "cache", *MEASURES.values()],
-        [
-            [row["method"], "-" if row["keep"] is None else f"{row['keep']:g}"]
-            + [
-                "-" if row[name] is None else f"{row[name]:.{1 if 'tokens' in name else 3}f}"
-                for name in numbers
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _evaluate_hallucination(options: argparse.Namespace) -> None:
-    from visionsel.embedded import load_lvlm
-    from visionsel.embedded.hallucination_quality import MEASURES, evaluate_hallucination, write_rows
-
-    rows = evaluate_hallucination(
-        *load_lvlm(),
-        options.methods,
-        options.size,
-        options.seeds,
-        progress=lambda name: print(name, file=sys.stderr, flush=True),
-    )
-    if options.csv is not None:
-        write_rows(rows, options.csv)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return
-
-    def show(row: dict[str, Any], measure: str) -> str:
-        digits = {"length": 1, "mentions": 2}.get(measure, 3)
-        values = [row[measure + end] for end in ("", "_low", "_high")]
-        mean, *ends = (f"{value:.{digits}f}" for value in values if value is not None)
-        return f"{mean} ({'-'.join(ends)})" if ends else mean
-
-    _print_table(
-        ["method", *MEASURES.values()],
-        [[row["method"], *(show(row, measure) for measure in MEASURES)] for row in rows],
-    )
-
-
-def _evaluate_chair(options: argparse.Namespace) -> None:
-    from visionsel.multimodal.evaluation import (
-        Hallucination,
-        chair,
-        files,
-        read_synonyms,
-        shapes_synonyms,
-        table,
-    )
-
-    synonyms = None
-    if options.synonyms is not None:
-        synonyms = shapes_synonyms() if options.synonyms == "shapes" else read_synonyms(options.synonyms)
-    objects: dict[int, set[str]] = {}
-    for kind, paths in (("instances", options.instances), ("captions", options.references)):
-        for path in paths:
-            content = {kind: files.read_coco(path)}
-            for image, names in chair.ground_truth(
-                **content, synonyms=synonyms, parser=options.parser
-            ).items():
-                objects.setdefault(image, set()).update(names)
-    if not options.instances and not options.references:
-        raise ValueError("give the objects of the images: --instances, --references, or (as CHAIR does) both")
-    results = {}
-    for path in options.files:
-        rows = files.read_captions(path)
-        ids = [int(row["image_id"]) if str(row["image_id"]).isdecimal() else row["image_id"] for row in rows]
-        if missing := [image for image in ids if image not in objects]:
-            raise ValueError(f"{path}: no annotations of {len(missing)} images, such as {missing[0]}")
-        results[str(path)] = chair.score(
-            [row["caption"] for row in rows], [objects[image] for image in ids], synonyms, options.parser
-        )
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return
-    print(table({name: Hallucination.of(chair=scores) for name, scores in results.items()}))
-    print(f"\nparser: {options.parser}; invented most:")
-    for name, scores in results.items():
-        most = [f"{thing} {count}" for thing, count in list(scores["invented"].items())[:8]]
-        print(f"  {name}: {', '.join(most) or 'nothing'}")
-
-
-def _evaluate_pope(options: argparse.Namespace) -> None:
-    from visionsel.multimodal.evaluation import Hallucination, files, pope, table
-
-    asked = files.read_questions(options.questions)
-    labels = [row["label"] for row in asked]
-    results = {}
-    for path in options.files:
-        try:
-            answers = files.match_answers(files.read_answers(path), asked)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        results[str(path)] = pope.score(answers, labels)
-    if options.json:
-        print(json.dumps(results, indent=2))
-    else:
-        print(table({name: Hallucination.of(pope=scores) for name, scores in results.items()}))
-
-
-def _show_progress(done: int, total: int) -> None:
-    """A bar on stderr that redraws itself in place."""
-    filled = 40 * done // total
-    end = "\n" if done == total else ""
-    print(f"\r[{'#' * filled:40}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["Answer", "generate_answer", "load_lvlm"]
+__all__ = ["Answer", "generate_answer", "load_lvlm", "open_image", "parse_methods"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,24 @@ class Answer:
         return self.pruned.picture(self.image, self.processor)
 
 
-def load_lvlm(name: str = "embedded", device: str | None = None) -> tuple[Any, Any]:
+def load_lvlm(name: str = "embedded", device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """A vision-language model of transformers in evaluation mode, and its processor.
 
     Args:
         name: `"embedded"` for the small one of the package, else a folder or a name of transformers.
         device: default cuda if there is one, else cpu.
+        dtype: of the weights, such as `"bfloat16"`; default what they are stored in.
 
     Raises:
         ImportError: without the extra "multimodal".
         OSError: when there is no such model.
+        ValueError: for a dtype that torch does not have.
     """
+    precision = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
+    if dtype not in (None, "auto") and not (
+        isinstance(precision, torch.dtype) and precision.is_floating_point
+    ):
+        raise ValueError(f"dtype must be one of torch such as bfloat16, or auto; got {dtype!r}")
     import visionsel.multimodal  # noqa: F401  (names the extra where transformers is missing)
 
     if name == "embedded":
@@ -56,7 +63,8 @@ def load_lvlm(name: str = "embedded", device: str | None = None) -> tuple[Any, A
 
         model = AutoModelForImageTextToText.from_pretrained(name)
         processor = AutoProcessor.from_pretrained(name)
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().to(device, precision), processor
 
 
 @torch.inference_mode()
@@ -80,30 +88,24 @@ def generate_answer(
         max_new_tokens: after which the answer is cut.
         modulate: methods that change attention or heads, such as `"vhr:alpha=2"`; all of them, with the
             pruners.
-        decode: a method of decoding with two views, such as `"vcd:alpha=1"`.
+        decode: a method of decoding with two views, such as `"vcd:alpha=1"`. `"agla"` needs another model to
+            tell what matters in the image: it has the package's CLIP for the package's model, and else a view
+            of its own has to be made, see `visionsel.multimodal.decoding.matching_view`.
 
     Raises:
         FileNotFoundError: when there is no such image.
         ValueError: for a file that is no image, an unknown method, or one that does not fit the model or
             does not go together with the others.
     """
-    from visionsel.multimodal.decoding import DECODERS
-    from visionsel.multimodal.intervention import Stack, parse
-    from visionsel.multimodal.modulation import MODULATORS
-    from visionsel.multimodal.pruning import PRUNERS
+    from visionsel.multimodal.intervention import Stack
+    from visionsel.multimodal.prompts import chat_inputs, user_turn
     from visionsel.multimodal.pruning.random import RandomPrune
 
-    # keeping everything changes nothing, but the report counts
-    methods = [parse(text, PRUNERS) for text in prune] or [RandomPrune(keep=1.0)]
-    methods += [parse(text, MODULATORS) for text in modulate]
-    if decode is not None:
-        methods.append(_with_view(parse(decode, DECODERS), model, processor))
-    picture = _open(image)
-    inputs = processor(images=[picture], text=[_chat(processor, prompt)], return_tensors="pt").to(
-        model.device
-    )
-    if torch.is_floating_point(pixels := inputs["pixel_values"]):
-        inputs["pixel_values"] = pixels.to(model.dtype)
+    methods = parse_methods(model, processor, prune, modulate, decode)
+    if not prune:  # keeping everything changes nothing, but the report counts
+        methods = [RandomPrune(keep=1.0), *methods]
+    picture = open_image(image)
+    inputs = chat_inputs(processor, [[user_turn(prompt)]], [[picture]]).to(model.device, model.dtype)
     with Stack(*methods)(model) as (pruned, *_):
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -111,18 +113,71 @@ def generate_answer(
     return Answer(answer, pruned.report(), pruned, picture, processor)
 
 
+def parse_methods(
+    model: Any,
+    processor: Any,
+    prune: Sequence[str] = (),
+    modulate: Sequence[str] = (),
+    decode: str | None = None,
+) -> list[Any]:
+    """The interventions that texts name, in the order in which they go on the model: pruners first.
+
+    Args:
+        model, processor: of `load_lvlm`; what a method can take from the processor, it is given.
+        prune, modulate, decode: as for `generate_answer`.
+
+    Raises:
+        ValueError: for an unknown method or hyperparameter.
+    """
+    from visionsel.multimodal.decoding import DECODERS
+    from visionsel.multimodal.intervention import parse
+    from visionsel.multimodal.modulation import MODULATORS
+    from visionsel.multimodal.pruning import PRUNERS
+
+    methods = [parse(text, PRUNERS) for text in prune] + [parse(text, MODULATORS) for text in modulate]
+    if decode is not None:
+        methods.append(_with_view(parse(decode, DECODERS), model, processor))
+    return methods
+
+
 def _with_view(decoder: Any, model: Any, processor: Any) -> Any:
     """The decoder with its own kind of view, made with what the processor knows better than the model."""
-    from visionsel.multimodal.decoding import ICD, Disturbance, RandomTransform, Ritual
+    from visionsel.multimodal.decoding import AGLA, ICD, ChosenTransform, Disturbance, RandomTransform, Ritual
 
-    if isinstance(decoder, ICD) and decoder.view is None:
+    if getattr(decoder, "view", None) is not None:
+        return decoder
+    if isinstance(decoder, ICD):
         return replace(decoder, view=Disturbance.of(processor.tokenizer))
-    if isinstance(decoder, Ritual) and decoder.view is None:
+    if isinstance(decoder, Ritual):
+        if decoder.plus:
+            return replace(decoder, view=ChosenTransform.of(model, processor), plus=False)
         return replace(decoder, view=RandomTransform.of(model, processor=processor))
+    if isinstance(decoder, AGLA) and _is_embedded(model):
+        from visionsel.embedded import load_clip
+        from visionsel.multimodal.decoding import ClipMatcher, matching_view
+
+        with torch.inference_mode(False):  # it takes gradients
+            clip, _, tokenizer = load_clip()
+        matcher = ClipMatcher(clip.to(model.device), tokenizer)
+        return replace(decoder, view=matching_view(model, processor, matcher))
     return decoder
 
 
-def _open(image: str | Path | Image.Image) -> Image.Image:
+def _is_embedded(model: Any) -> bool:
+    """Whether it is the model of the package, for whose images the package has a CLIP."""
+    from visionsel.embedded.files import WEIGHTS
+
+    name = getattr(model, "name_or_path", "")
+    return bool(name) and Path(name).resolve() == (WEIGHTS / "lvlm").resolve()
+
+
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that is no image.
+    """
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     path = Path(image)
@@ -133,12 +188,3 @@ def _open(image: str | Path | Image.Image) -> Image.Image:
             return opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is not an image, or is cut off") from error
-
-
-def _chat(processor: Any, prompt: str) -> str:
-    """The prompt as one turn with an image; models without a chat template get the image, then the text."""
-    from visionsel.multimodal.prompts import chat_texts
-
-    if getattr(processor, "chat_template", None) is None:
-        return f"{getattr(processor, 'image_token', '<image>')}{prompt}"
-    return chat_texts(processor, [prompt])[0]

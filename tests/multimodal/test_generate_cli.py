@@ -144,7 +144,6 @@ def test_an_answer_is_cut_where_asked(scene: Path, capsys: pytest.CaptureFixture
         (["SCENE", "hello", "--modulate", "vhr", "vhr"], "VHR is on this model already"),
         (["SCENE", "hello", "--decode", "vhr"], "no method is called 'vhr'; there are vcd, icd, m3id"),
         (["SCENE", "hello", "--decode", "vcd:beta=2"], "beta is a ratio of probabilities"),
-        (["SCENE", "hello", "--decode", "agla"], "AGLA needs a view"),
         (["SCENE", "hello", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     ],
 )

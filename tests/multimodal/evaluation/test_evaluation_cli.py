@@ -1,6 +1,7 @@
 """`visionsel evaluate chair` and `visionsel evaluate pope`, as a shell would call them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,24 @@ def test_answers_are_scored_against_the_released_questions(
     said.write_text(json.dumps(answers[0]) + "\n")
     assert main(["evaluate", "pope", str(said), "--questions", str(asked)]) == 1
     assert "answers.jsonl: answers and questions differ in 59 question_id" in capsys.readouterr().err
+
+
+def test_tuning_is_passed_on_and_what_was_tried_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Tuning:
+        def table(self) -> str:
+            return "strength=2 is best"
+
+    def measure(*_: object, tune: bool, tables: Callable[[str, Tuning], None], **__: object) -> list[dict]:
+        if tune:
+            tables("vhr", Tuning())
+        return [{"method": "vhr", "tune": tune}]
+
+    monkeypatch.setattr("visionsel.embedded.load_lvlm", lambda: (None, None))
+    monkeypatch.setattr("visionsel.embedded.hallucination_quality.evaluate_hallucination", measure)
+    for flags, tuned in (([], False), (["--tune"], True)):
+        assert main(["evaluate", "hallucination", "--json", *flags]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out) == [{"method": "vhr", "tune": tuned}]
+        assert ("vhr\nstrength=2 is best\n" in captured.err) == tuned

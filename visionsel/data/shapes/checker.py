@@ -106,6 +106,8 @@ def check_shapes(root: str | Path) -> list[str]:
         problems += _check_questions(root / "questions" / f"{split}.jsonl", images)
         for kind in POPE_KINDS:
             problems += _check_pope(root / "pope" / f"{split}_{kind}.json", images)
+        problems += _check_amber(root / "amber" / split, images)
+        problems += _check_mme(root / "mme" / split, images)
     return [*problems, *_check_refs(root / "refcoco", everything)]
 
 
@@ -265,6 +267,37 @@ def _check_pope(path: Path, images: dict[str, _Image]) -> Iterator[str]:
         row: dict[str, Any] = json.loads(line)
         if not _exist(images[row["image"]], row["text"], row["label"]):
             yield f"{row['image']}: {path.name} {row['text']!r} {row['label']!r} is not true"
+
+
+def _check_amber(folder: Path, images: dict[str, _Image]) -> Iterator[str]:
+    """Objects and expected ones of the captions, and answers to the questions."""
+    annotations = json.loads((folder / "annotations.json").read_text())
+    queries = json.loads((folder / "query" / "query_all.json").read_text())
+    if [row["id"] for row in annotations] != [row["id"] for row in queries]:
+        yield f"{folder}: annotations and queries do not have the same ids"
+        return
+    for row, query in zip(annotations, queries, strict=True):
+        image, truth = images[query["image"]], row["truth"]
+        shapes = {t.shape for t in image.things}
+        if row["type"] == "generative":
+            brought = {partner for shape, partner in PARTNERS.items() if shape in shapes} - shapes
+            true = sorted(truth) == sorted(shapes) and sorted(row["hallu"]) == sorted(brought)
+        else:
+            judge = _exist if row["type"] == "discriminative-hallucination" else _relation
+            true = judge(image, query["query"], truth)
+        if not true:
+            yield f"{image.name}: amber {query['query']!r} {truth!r} is not true"
+
+
+def _check_mme(folder: Path, images: dict[str, _Image]) -> Iterator[str]:
+    """Pairs of questions to an image, one with each answer."""
+    for subset, judge in (("existence", _exist), ("position", _relation)):
+        rows = [line.split("\t") for line in (folder / f"{subset}.txt").read_text().splitlines()]
+        for (image, text, answer), (other, _, opposite) in zip(rows, rows[1:] + rows[:1], strict=True):
+            if not judge(images[image], text, answer.lower()):
+                yield f"{image}: mme {text!r} {answer!r} is not true"
+            if answer == "Yes" and (image, "No") != (other, opposite):
+                yield f"{image}: mme {text!r} has no other question beside it"
 
 
 def _check_refs(folder: Path, images: dict[str, _Image]) -> Iterator[str]:

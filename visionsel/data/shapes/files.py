@@ -9,6 +9,8 @@ root/
   annotations/captions_<split>.json            COCO captions, two an image
   refcoco/instances.json, refcoco/refs.json    RefCOCO's layout over all splits; refs as JSON, no pickle
   pope/<split>_{random,popular,adversarial}.json   POPE's question files, JSON lines
+  amber/<split>/{annotations,relation}.json, safe_words.txt, query/query_all.json   AMBER's, see `benchmarks`
+  mme/<split>/{existence,position}.txt         MME's: image, question and answer, parted by tabs; pairs
   questions/<split>.jsonl                      all questions: question_id, image, text, answer, kind
   classification/{train,val,test}/<shape>/*.png    an image folder: one object an image, shapes equally often
 ```
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from visionsel.data.folders import write_once
+from visionsel.data.shapes.benchmarks import Scene, amber_files, mme_rows
 from visionsel.data.shapes.dice import Dice
 from visionsel.data.shapes.drawing import SHAPES
 from visionsel.data.shapes.language import split_words, with_article
@@ -102,6 +105,7 @@ def write_shapes(
         "image_size": image_size,
         "co_occurrence": co_occurrence,
         "caption_noise": caption_noise,
+        "benchmarks": ["pope", "amber", "mme"],
         "splits": {
             split: {"distribution": world.distribution, "seed": world.seed, "size": world.size}
             for split, world in worlds.items()
@@ -136,6 +140,7 @@ def _write_splits(
         polygons, runs = _Instances(), _Instances()
         captions: list[dict[str, Any]] = []
         questions: list[dict[str, Any]] = []
+        scenes: list[Scene] = []
         presence[split] = {}
         for index, sample in enumerate(world):
             image_id += 1
@@ -148,6 +153,7 @@ def _write_splits(
             runs.add(image_id, name, sample, [encode_rle(mask) for mask in masks])
             refs.add(image_id, name, split, sample, ids)
             presence[split][name] = list(dict.fromkeys(o.shape for o in sample.objects))
+            scenes.append((name, presence[split][name], sample.questions))
             captions += [{"image_id": image_id, "caption": text} for text in sample.captions]
             questions += [
                 {"image": name, "text": q.text, "answer": q.answer, "kind": q.kind} for q in sample.questions
@@ -165,6 +171,7 @@ def _write_splits(
             [{"question_id": i, **row} for i, row in enumerate(questions, 1)],
             root / "questions" / f"{split}.jsonl",
         )
+        _write_benchmarks(root, split, scenes)
     _dump(everything.content(), root / "refcoco" / "instances.json")
     _dump(refs.rows, root / "refcoco" / "refs.json")
     for number, split in enumerate(SPLITS):
@@ -175,6 +182,23 @@ def _write_splits(
                 [{"question_id": i, **row} for i, row in enumerate(rows, 1)],
                 root / "pope" / f"{split}_{kind}.json",
             )
+
+
+def _write_benchmarks(root: Path, split: str, scenes: Sequence[Scene]) -> None:
+    """AMBER's and MME's files of a split."""
+    for name, content in amber_files(scenes).items():
+        path = root / "amber" / split / name
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            _dump(content, path)
+    folder = root / "mme" / split
+    folder.mkdir(parents=True)
+    lines: dict[str, list[str]] = {"existence": [], "position": []}
+    for row in mme_rows(scenes):
+        lines[row["subset"]].append(f"{row['image']}\t{row['text']}\t{row['label'].capitalize()}\n")
+    for subset, content in lines.items():
+        (folder / f"{subset}.txt").write_text("".join(content))
 
 
 _INFO = {"description": "visionsel shapes world", "version": str(WORLD_VERSION)}

@@ -15,7 +15,17 @@ from typing import Any
 
 from visionsel.files import whole_file
 
-__all__ = ["match_answers", "read_answers", "read_captions", "read_coco", "read_questions", "write_questions"]
+__all__ = [
+    "match_answers",
+    "parse_json",
+    "read_answers",
+    "read_captions",
+    "read_coco",
+    "read_questions",
+    "read_rows",
+    "read_text",
+    "write_questions",
+]
 
 _QUESTION = re.compile(r"Is there an? (.+) in the iman?ge\?")  # one generator writes "imange"
 
@@ -27,7 +37,7 @@ def read_captions(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: when there is no file.
         ValueError: for what is not JSON, or a row without these keys, with the line.
     """
-    return _read_rows(path, {"image_id": (int, str), "caption": (str,)})
+    return read_rows(path, {"image_id": (int, str), "caption": (str,)})
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -38,7 +48,7 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
         ValueError: for what is not JSON, a row without `image`, `text` and `label`, or another label than
             "yes" and "no".
     """
-    rows = _read_rows(path, {"image": (str, int), "text": (str,), "label": (str,)})
+    rows = read_rows(path, {"image": (str, int), "text": (str,), "label": (str,)})
     for number, row in enumerate(rows, 1):
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"{path}: question {number} has the label {row['label']!r}, not 'yes' or 'no'")
@@ -63,7 +73,7 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: when there is no file.
         ValueError: for what is not JSON, or a row without it.
     """
-    return _read_rows(path, {"answer": (str,)})
+    return read_rows(path, {"answer": (str,)})
 
 
 def match_answers(answers: Sequence[Mapping[str, Any]], asked: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,27 +107,37 @@ def read_coco(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: when there is no file.
         ValueError: when it is not JSON, or has no `annotations`.
     """
-    content = _parse(_read_text(path), str(path))
+    content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict) or "annotations" not in content:
         raise ValueError(f"{path} has no 'annotations'; give a file of COCO's instances or captions")
     return content
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """What a file holds.
+
+    Raises:
+        FileNotFoundError: when there is no file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     return path.read_text(encoding="utf-8")
 
 
-def _read_rows(path: str | Path, keys: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
-    """Rows that have these keys with values of these types."""
-    text = _read_text(path)
+def read_rows(path: str | Path, keys: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
+    """Rows that have these keys with values of these types: JSON lines, or one JSON list.
+
+    Raises:
+        FileNotFoundError: when there is no file.
+        ValueError: for what is not JSON, no rows, or a row without these keys, with its place.
+    """
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = [(f"entry {i}", row) for i, row in enumerate(_parse(text, f"{path}: the list"), 1)]
+        rows = [(f"entry {i}", row) for i, row in enumerate(parse_json(text, f"{path}: the list"), 1)]
     else:  # not splitlines(): JSON allows other separators inside a string
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(place, _parse(line, f"{path}: {place}")) for place, line in lines]
+        rows = [(place, parse_json(line, f"{path}: {place}")) for place, line in lines]
     if not rows:
         raise ValueError(f"{path} is empty; it should have one JSON object a line")
     for place, row in rows:
@@ -130,7 +150,12 @@ def _read_rows(path: str | Path, keys: Mapping[str, tuple[type, ...]]) -> list[d
     return [row for _, row in rows]
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON; `where` is what an error calls it.
+
+    Raises:
+        ValueError: for what is not JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

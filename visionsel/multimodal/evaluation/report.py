@@ -1,14 +1,15 @@
-"""A table of what methods do to hallucination, which always shows what such numbers are bought with.
+"""Tables of what methods do to hallucination, which always show what such numbers are bought with.
 
 CHAIR falls when captions get shorter or name less, POPE's F1 rises when a model says yes more often: so
-recall and length stand beside CHAIR, and the share of yes beside accuracy and F1, for each method.
+recall (AMBER's Cover) and length stand beside CHAIR, and the share of yes beside accuracy and F1, for each
+method.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Hallucination", "table"]
+__all__ = ["Hallucination", "amber_table", "mme_table", "table"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,71 @@ def table(methods: Mapping[str, Hallucination]) -> str:
     Raises:
         ValueError: for no methods.
     """
+    return _write(_COLUMNS, {name: scores.to_dict() for name, scores in methods.items()})
+
+
+def amber_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each method, from `generative` and `discriminative` scores of AMBER.
+
+    Args:
+        methods: what `amber.generative` and `amber.discriminative` return, under these names; one may be
+            missing.
+
+    Raises:
+        ValueError: for no methods.
+    """
+    rows = {}
+    for name, scores in methods.items():
+        answers = scores.get("discriminative", {})
+        parts = {f"{part}_f1": answers[part]["f1"] for part in _AMBER_PARTS if part in answers}
+        rows[name] = {**scores.get("generative", {}), **answers, **parts}
+    return _write(_AMBER_COLUMNS, rows)
+
+
+def mme_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each method, from what `mme.score` returns.
+
+    Raises:
+        ValueError: for no methods.
+    """
+    rows = {
+        name: {**scores} | {subset: scores[subset]["score"] for subset in _MME_SUBSETS if subset in scores}
+        for name, scores in methods.items()
+    }
+    return _write(_MME_COLUMNS, rows)
+
+
+_AMBER_PARTS = ("existence", "attribute", "relation")
+_AMBER_COLUMNS = {
+    "chair": "CHAIR",
+    "cover": "Cover",
+    "hal": "Hal",
+    "cog": "Cog",
+    "length": "words",
+    "accuracy": "accuracy",
+    "f1": "F1(no)",
+    **{f"{part}_f1": part for part in _AMBER_PARTS},
+    "yes_ratio": "yes",
+    "other": "other",
+}
+_MME_SUBSETS = ("existence", "count", "position", "color")
+_MME_COLUMNS = {
+    **{subset: subset for subset in _MME_SUBSETS},
+    "total": "total",
+    "maximum": "of",
+    "accuracy": "accuracy",
+    "yes_ratio": "yes",
+    "other": "other",
+}
+_DIGITS = {"length": 1, "other": 0, "maximum": 0, "total": 1, **dict.fromkeys(_MME_SUBSETS, 1)}
+
+
+def _write(columns: Mapping[str, str], methods: Mapping[str, Mapping[str, Any]]) -> str:
     if not methods:
         raise ValueError("there is no method to show")
-    rows = [["method", *_COLUMNS.values()]]
+    rows = [["method", *columns.values()]]
     for name, scores in methods.items():
-        rows.append([name, *(_show(key, getattr(scores, key)) for key in _COLUMNS)])
+        rows.append([name, *(_show(key, scores.get(key)) for key in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:
@@ -90,6 +151,4 @@ def table(methods: Mapping[str, Hallucination]) -> str:
 
 
 def _show(key: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if key == "length" else f"{value:.3f}"
+    return "-" if value is None else f"{value:.{_DIGITS.get(key, 3)}f}"

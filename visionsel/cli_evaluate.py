@@ -1,0 +1,182 @@
+"""`visionsel evaluate`: what measures the models that ship with the package.
+
+The benchmarks of other data and models, `chair`, `pope`, `amber` and `mme`, are in `cli_benchmarks`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from visionsel.cli_benchmarks import add_benchmarks
+from visionsel.cli_text import print_table
+
+__all__ = ["add_evaluate"]
+
+EPILOG = {
+    "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
+    "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
+    "hallucination": "example: visionsel evaluate hallucination --methods vhr vcd --seeds 0 1 2 --tune",
+}
+
+
+def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb `evaluate` to the command; `common` has the options of every verb."""
+    evaluate = verbs.add_parser("evaluate", help="measure models").add_subparsers(
+        dest="evaluation", required=True, metavar="NAME"
+    )
+    embedded = evaluate.add_parser(
+        "embedded",
+        parents=[common],
+        help="the models that ship with visionsel, on fresh scenes of the shapes world",
+        epilog=EPILOG["embedded"],
+    )
+    embedded.add_argument("--folder", type=Path, help="weights to measure (default: those of the package)")
+    embedded.add_argument("--models", nargs="+", metavar="MODEL", help="which (default: all)")
+    embedded.add_argument(
+        "--size", type=int, default=400, help="scenes of each distribution (default: 400, some minutes)"
+    )
+    embedded.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    embedded.set_defaults(run=_evaluate_embedded)
+
+    pruning = evaluate.add_parser(
+        "pruning",
+        parents=[common],
+        help="whether pruners keep the answers right, on the vision-language model of the package",
+        epilog=EPILOG["pruning"],
+    )
+    pruning.add_argument("--methods", nargs="+", metavar="METHOD", help="which (default: all)")
+    pruning.add_argument(
+        "--keep",
+        nargs="+",
+        type=float,
+        default=[1.0, 0.5, 0.25, 0.1],
+        metavar="SHARE",
+        help="shares of the image tokens that a decoder layer has on average (default: 1 0.5 0.25 0.1)",
+    )
+    pruning.add_argument(
+        "--size", type=int, default=200, help="scenes (default: 200, some ten minutes for all methods)"
+    )
+    pruning.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
+    pruning.set_defaults(run=_evaluate_pruning)
+
+    hallucination = evaluate.add_parser(
+        "hallucination",
+        parents=[common],
+        help="what methods against invention give, and cost, on the vision-language model of the package",
+        epilog=EPILOG["hallucination"],
+    )
+    hallucination.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="modulators and two-view decoders (default: all)"
+    )
+    hallucination.add_argument(
+        "--size", type=int, default=200, help="scenes of each seed (default: 200, some minutes)"
+    )
+    hallucination.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="SEED",
+        help="of the scenes; several give mean and range (default: 0)",
+    )
+    hallucination.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure each method at its best setting too, chosen on other scenes (takes much longer)",
+    )
+    hallucination.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    hallucination.set_defaults(run=_evaluate_hallucination)
+    add_benchmarks(evaluate, common)
+
+
+def _evaluate_embedded(options: argparse.Namespace) -> None:
+    from visionsel.embedded.evaluation import MODELS, check_goals, evaluate_embedded
+    from visionsel.embedded.files import WEIGHTS
+
+    results = evaluate_embedded(
+        options.folder or WEIGHTS,
+        options.models or MODELS,
+        options.size,
+        options.seed,
+        progress=lambda name: print(f"measuring {name}", file=sys.stderr, flush=True),
+    )
+    checks = check_goals(results)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        rows = [
+            [goal.measure, str(goal), f"{value:.3f}", "yes" if reached else "no"]
+            for goal, value, reached in checks
+        ]
+        print_table(["measure", "goal", "measured", "reached"], rows)
+        print("\nall measures: --json")
+    if missed := [goal.measure for goal, _, reached in checks if not reached]:
+        raise ValueError(f"goals missed: {', '.join(missed)}")
+
+
+def _evaluate_pruning(options: argparse.Namespace) -> None:
+    from visionsel.embedded import load_lvlm
+    from visionsel.embedded.pruning_quality import MEASURES, evaluate_pruning, plot_rows, write_rows
+
+    rows = evaluate_pruning(
+        *load_lvlm(),
+        options.methods,
+        options.keep,
+        options.size,
+        options.seed,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+    )
+    if options.csv is not None:
+        write_rows(rows, options.csv)
+    if options.plot is not None:
+        plot_rows(rows, options.plot)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    numbers = ["equivalent_tokens", "flops_ratio", "cache_ratio", *MEASURES]
+    print_table(
+        ["method", "keep", "tokens", "FLOPs", "cache", *MEASURES.values()],
+        [
+            [row["method"], "-" if row["keep"] is None else f"{row['keep']:g}"]
+            + [
+                "-" if row[name] is None else f"{row[name]:.{1 if 'tokens' in name else 3}f}"
+                for name in numbers
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _evaluate_hallucination(options: argparse.Namespace) -> None:
+    from visionsel.embedded import load_lvlm
+    from visionsel.embedded.hallucination_quality import MEASURES, evaluate_hallucination, write_rows
+
+    rows = evaluate_hallucination(
+        *load_lvlm(),
+        options.methods,
+        options.size,
+        options.seeds,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+        tune=options.tune,
+        tables=lambda name, tuning: print(f"{name}\n{tuning.table()}", file=sys.stderr, flush=True),
+    )
+    if options.csv is not None:
+        write_rows(rows, options.csv)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+
+    def show(row: dict[str, Any], measure: str) -> str:
+        digits = {"length": 1, "mentions": 2}.get(measure, 3)
+        values = [row[measure + end] for end in ("", "_low", "_high")]
+        mean, *ends = (f"{value:.{digits}f}" for value in values if value is not None)
+        return f"{mean} ({'-'.join(ends)})" if ends else mean
+
+    print_table(
+        ["method", *MEASURES.values()],
+        [[row["method"], *(show(row, measure) for measure in MEASURES)] for row in rows],
+    )
