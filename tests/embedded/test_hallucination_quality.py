@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visionsel.data.shapes import CAPTION_PROMPT, SHAPES, ShapesWorld
-from visionsel.embedded import load_lvlm
+from visionsel.embedded import hallucination_quality, load_lvlm
 from visionsel.embedded.hallucination_quality import (
     COLUMNS,
     MEASURES,
@@ -18,6 +18,8 @@ from visionsel.embedded.hallucination_quality import (
     write_rows,
 )
 from visionsel.embedded.lvlm_quality import generate_answers
+from visionsel.multimodal.evaluation import Hallucination
+from visionsel.multimodal.evaluation.tuning import settings_of
 from visionsel.multimodal.modulation import ACT, PAI, VAR, VHR, GroundingHeads
 
 NO_OPS: dict[str, dict[str, Any]] = {
@@ -25,12 +27,16 @@ NO_OPS: dict[str, dict[str, Any]] = {
     "var": {"p": 0.0},
     "act": {"beta": 1.0},
     "pai": {"alpha": 0.0},
+    "paint": {"alpha": 0.0, "beta": 0.0},
     "grounding_heads": {"heads": {1: [0]}, "strength": 1.0},
     "vcd": {"alpha": 0.0},
     "icd": {"alpha": 0.0},
     "m3id": {"decay": 0.0},
     "ritual": {"alpha": 0.0},
     "agla": {"alpha": 0.0, "view": dict},
+    "pai_guidance": {"gamma": 1.0},
+    "glc": {"w": 0.0},
+    "glc": {"w": 0.0},
 }
 
 
@@ -183,15 +189,100 @@ def test_heads_are_found_on_the_small_model(lvlm: tuple[Any, Any]) -> None:
 def test_a_method_that_needs_more_is_left_out_unless_it_is_asked_for(
     lvlm: tuple[Any, Any], seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        hallucination_quality, "adapted", lambda name, *given: {} if name == "agla" else adapted(name, *given)
+    )
     said: list[str] = []
     found = evaluate_hallucination(*lvlm, size=1, progress=said.append)
-    assert [row["method"] for row in found] == [
-        *("greedy", "sampling", "vhr", "var", "act", "pai", "grounding_heads", "grounding_heads control"),
-        *("vcd", "icd", "m3id", "ritual"),
-    ]
+    names = [name for name in hallucination_quality._pick(None) if name != "agla"]
+    names.insert(names.index("grounding_heads") + 1, "grounding_heads control")
+    assert [row["method"] for row in found] == ["greedy", "sampling", "sampling T=0.25", *names]
     assert any(text.startswith("agla is left out: AGLA needs a view") for text in said)
     with pytest.raises(ValueError, match="AGLA needs a view"):
         evaluate_hallucination(*lvlm, ["agla"], size=1)
+
+
+def test_agla_sees_what_the_clip_of_the_package_finds_and_its_setting_stays_short(
+    lvlm: tuple[Any, Any],
+) -> None:
+    found = evaluate_hallucination(*lvlm, ["agla"], size=2)
+    assert [row["method"] for row in found] == ["greedy", "sampling", "sampling T=0.33", "agla"]
+    assert found[3]["setting"] == "AGLA(alpha=2.0, beta=0.5, view=MatchingView, fidelity='paper')"
+
+
+def test_a_method_is_tuned_on_scenes_of_its_own_and_keeps_what_is_given(
+    lvlm: tuple[Any, Any], seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = {"vhr": {"alpha": (1.0, 9.0), "layers": ((1,), (3,))}, "grounding_heads": {"strength": (1.0,)}}
+    monkeypatch.setattr(hallucination_quality, "grid_of", lambda name, *_: grids.get(name, {}))
+    tunings: dict[str, Any] = {}
+    found = evaluate_hallucination(
+        *lvlm,
+        ["vhr", "grounding_heads", "vcd"],
+        size=2,
+        seeds=(7,),
+        settings={"vhr": {"layers": (2,)}},
+        tune=True,
+        validation=6,
+        tables=tunings.__setitem__,
+    )
+    assert [row["method"] for row in found] == [
+        *("greedy", "sampling", "vhr", "vhr tuned", "grounding_heads", "grounding_heads control"),
+        *("grounding_heads tuned", "grounding_heads control tuned", "vcd"),
+    ]
+    assert found[2]["setting"] == "VHR(alpha=2.0, layers=(2,))"
+    assert found[3]["setting"] == "VHR(alpha=1.0, layers=(2,))"  # at 9 it babbles
+    assert values(found[3]) == values(found[6]) == values(found[7]) == values(found[0])
+    assert found[6]["setting"] == "GroundingHeads(heads={1: [0]}, strength=1.0)"
+    assert found[7]["setting"] == "GroundingHeads(heads={2: [1]}, strength=1.0)"
+    assert list(tunings) == ["vhr", "grounding_heads"]
+    assert [trial.setting for trial in tunings["vhr"].trials] == [{"alpha": 1.0}, {"alpha": 9.0}]
+    other = evaluate_hallucination(*lvlm, [], size=6, seeds=[9])[0]  # after those of calibration
+    assert tunings["vhr"].baseline == Hallucination(
+        **{key: other[key] for key in MEASURES if key != "mentions"}
+    )
+    assert tunings["grounding_heads"].baseline is tunings["vhr"].baseline
+
+
+def test_a_method_without_a_setting_within_the_limits_has_no_tuned_form(
+    lvlm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hallucination_quality, "grid_of", lambda *_: {"alpha": (9.0,)})
+    said: list[str] = []
+    found = evaluate_hallucination(*lvlm, ["vhr"], size=1, tune=True, validation=3, progress=said.append)
+    assert [row["method"] for row in found] == ["greedy", "sampling", "vhr"]
+    assert any(text.startswith("vhr has no tuned form") for text in said)
+
+
+def test_every_grid_has_the_setting_of_the_untuned_method_first_and_fits(lvlm: tuple[Any, Any]) -> None:
+    model, processor = lvlm
+    grids = 0
+    for name, (_, method) in hallucination_quality._pick(None).items():
+        given = adapted(name, model, processor)
+        grid = hallucination_quality.grid_of(name, model, processor, given)
+        if not grid:
+            continue
+        grids += 1
+        given |= {"grounding_heads": {"heads": {1: [0]}}, "agla": {"view": dict}}.get(name, {})
+        first, *_ = settings = settings_of(grid)
+        untuned = method(**given)
+        assert all(getattr(untuned, key) in (None, value) for key, value in first.items()), name
+        assert len(settings) == len({repr(one) for one in settings})
+        method(**{**given, **first})
+        with method(**{**given, **settings[-1]})(model):
+            pass
+    assert grids >= 10
+
+
+def test_decoders_that_agree_have_sampling_at_their_temperature_beside_them(lvlm: tuple[Any, Any]) -> None:
+    given = {"ritual": {"alpha": 4.0}, "agla": {"alpha": 1.0, "view": dict}}
+    found = evaluate_hallucination(*lvlm, ["ritual", "agla", "vcd"], size=2, settings=given)
+    names = [row["method"] for row in found]
+    assert names == ["greedy", "sampling", "sampling T=0.5", "sampling T=0.2", "ritual", "agla", "vcd"]
+    assert [row["kind"] for row in found[:4]] == ["baseline"] * 4
+    assert [row["setting"] for row in found[2:4]] == ["temperature=0.5", "temperature=0.2"]
+    cool = evaluate_hallucination(*lvlm, [], size=2, temperature=0.5)[1]
+    assert values(cool) == values(found[2])
 
 
 def test_defaults_for_32_layers_stay_and_those_for_4_are_the_same_part(lvlm: tuple[Any, Any]) -> None:
@@ -220,10 +311,11 @@ def test_what_cannot_be_measured_is_refused(lvlm: tuple[Any, Any]) -> None:
         evaluate_hallucination(*lvlm, methods=["fast", "slow"])
     with pytest.raises(ValueError, match="unknown distribution 'uncle'"):
         evaluate_hallucination(*lvlm, methods=[], distribution="uncle")
-    for seeds in ([], [1, 1], [-1], [2**28 - 1]):
+    for seeds in ([], [1, 1], [-1], [2**28 - 3]):
         with pytest.raises(ValueError, match="seeds must be different numbers"):
             evaluate_hallucination(*lvlm, seeds=seeds)
-    for name, value in (("size", 0), ("calibration", 3), ("batch_size", 0), ("temperature", 0.0)):
+    numbers = {"size": 0, "calibration": 3, "batch_size": 0, "temperature": 0.0, "validation": 0}
+    for name, value in numbers.items():
         with pytest.raises(ValueError, match="size and batch_size must be at least 1"):
             evaluate_hallucination(*lvlm, **{name: value})
     with pytest.raises(ValueError, match="layers"):

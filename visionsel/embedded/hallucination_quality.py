@@ -6,22 +6,24 @@ those where the model invents, `"anti"`: the usual companion of a shape is absen
 the scenes, as many with yes as with no, the absent shapes random, popular or adversarial.
 
 All methods choose the most probable token, so that a difference from `greedy` is theirs; the two-view
-decoders were published with sampling, of which `sampling` is the plain form. Hyperparameters are the
-published ones but where this model cannot take them, see `adapted`. The numbers compare methods on small
-scenes; they do not predict those of large models.
+decoders were published with sampling, of which `sampling` is the plain form. Two equal views that agree
+sharpen to a temperature below 1: sampling at it is what `ritual` and `agla` must beat. Hyperparameters are
+the published ones but where this model cannot take them, see `adapted`; with `tune` also those that do best
+on scenes of their own, see `hallucination_tuning`. The numbers compare methods on small scenes; they do not
+predict those of large models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
+from visionsel.data.shapes import Sample, ShapesWorld
 from visionsel.embedded import pruning_quality
-from visionsel.embedded.lvlm_quality import generate_answers
+from visionsel.embedded.hallucination_tuning import grid_of
 
 __all__ = ["COLUMNS", "MEASURES", "adapted", "evaluate_hallucination", "write_rows"]
 
@@ -44,6 +46,8 @@ COLUMNS = [
 ]
 GREEDY, SAMPLING = "greedy", "sampling"
 CALIBRATED, CONTROL = "grounding_heads", "grounding_heads control"
+AGREEING = ("ritual", "agla")  # of equal views they make a temperature of 1 / (1 + alpha)
+LAST = 2**28 - 4  # the seeds after it: calibration, validation, and the preset of heads; then training
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,14 @@ class _Run:
     @property
     def setting(self) -> str:
         if self.method is not None:
-            return repr(self.method)
+            values = {
+                one.name: repr(getattr(self.method, one.name)) for one in fields(self.method) if one.repr
+            }
+            for name, text in values.items():  # models are no setting, but may be in a view
+                if "\n" in text:
+                    values[name] = type(getattr(self.method, name)).__name__
+            told = ", ".join(f"{name}={text}" for name, text in values.items())
+            return f"{type(self.method).__name__}({told})"
         return "" if self.temperature is None else f"temperature={self.temperature:g}"
 
 
@@ -74,6 +85,9 @@ def evaluate_hallucination(
     temperature: float = 1.0,
     batch_size: int = 50,
     progress: Callable[[str], None] | None = None,
+    tune: bool = False,
+    validation: int = 60,
+    tables: Callable[[str, Any], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Captions of fresh scenes and questions about them, with each method and without.
 
@@ -81,7 +95,7 @@ def evaluate_hallucination(
         model, processor: of `load_lvlm`.
         methods: names as in `vhr:alpha=2`: modulators and two-view decoders; default all.
         size: scenes of each seed.
-        seeds: of the scenes, each below 2**28 - 1: training has its own above.
+        seeds: of the scenes, each below 2**28 - 3: what is chosen and trained has its own above.
         distribution: of the scenes, see `ShapesWorld`.
         settings: hyperparameters of methods, by name; they come before those of `adapted`. Those of
             `grounding_heads` are for its calibration, or its `heads`, which are taken as they are then. A
@@ -91,49 +105,69 @@ def evaluate_hallucination(
         temperature: of the row `sampling`.
         batch_size: captions at a time; twice as many questions.
         progress: told what is measured next.
+        tune: whether each method is measured at its best setting too, the one with the lowest CHAIR_I of a
+            grid that keeps recall, length and answers, see `visionsel.multimodal.evaluation.tuning`. What
+            `settings` has stays as it is. The scenes of `seeds` are seen after all that is chosen.
+        validation: scenes on which it is chosen; they have the seed after that of calibration.
+        tables: told the name of each method that is tuned and what was tried, a `Tuning`.
 
     Returns:
-        Rows of `COLUMNS`: `greedy` and `sampling` without any method first (kind `baseline`), then the
-        methods (`modulation`, `decoding`); after `grounding_heads` its control, other heads at the same
-        strength. Measures are means over the seeds; `_low` and `_high` are their range, None for one seed.
-        `setting` tells hyperparameters.
+        Rows of `COLUMNS`: `greedy` and `sampling` without any method first (kind `baseline`), with sampling
+        at the temperatures that `ritual` and `agla` amount to, where they are measured; then the methods
+        (`modulation`, `decoding`), each followed by its tuned form, `vhr tuned`, if a setting keeps the
+        limits; after `grounding_heads` its control, other heads at the same strength. Measures are means over
+        the seeds; `_low` and `_high` are their range, None for one seed. `setting` tells hyperparameters.
 
     Raises:
         ValueError: for an unknown method or distribution, or a number out of range; or, with methods asked
             for by name, when one lacks what it needs or no heads are found to help.
     """
+    from visionsel.multimodal.evaluation import shapes_synonyms
+    from visionsel.multimodal.evaluation.asking import describe
+
     kinds = _pick(methods)
-    if size < 1 or calibration < 4 or batch_size < 1 or not temperature > 0:
+    if min(size, batch_size, validation) < 1 or calibration < 4 or not temperature > 0:
         raise ValueError(
-            "size and batch_size must be at least 1, calibration at least 4 and temperature above 0; got "
-            f"{size}, {batch_size}, {calibration} and {temperature}"
+            "size and batch_size must be at least 1, validation too, calibration at least 4 and temperature "
+            f"above 0; got {size}, {batch_size}, {validation}, {calibration} and {temperature}"
         )
-    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**28 - 1 for seed in seeds):
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed <= LAST for seed in seeds):
         raise ValueError(
-            f"seeds must be different numbers from 0 to 2**28 - 2, got {list(seeds)}; training has others"
+            f"seeds must be different numbers from 0 to 2**28 - 4, got {list(seeds)}; training has others"
         )
     say = progress or (lambda text: None)
     scenes = {seed: list(ShapesWorld(distribution, seed, size)) for seed in seeds}
-    runs = [_Run(GREEDY, "baseline"), _Run(SAMPLING, "baseline", temperature=temperature)]
+    tuner = None
+    if tune:
+        others = list(ShapesWorld(distribution, max(seeds) + 2, validation))
+        tuner = _Tuner(model, processor, others, batch_size, say, tables or (lambda name, tuning: None))
+    other = list(ShapesWorld(distribution, max(seeds) + 1, 1))
+    runs: list[_Run] = []
     for name, (kind, method) in kinds.items():
-        given = {**adapted(name, model, processor), **(settings or {}).get(name, {})}
+        chosen = dict((settings or {}).get(name, {}))
+        given = {**adapted(name, model, processor), **chosen}
         try:
             if name == CALIBRATED and "heads" not in given:
                 say(f"calibrating {name} on {calibration} other scenes")
                 others = list(ShapesWorld(distribution, max(seeds) + 1, calibration))
-                runs += _calibrated(model, processor, others, given)
+                found = _calibrated(model, processor, others, given)
+                given = {"heads": found[0].method.heads, "strength": found[0].method.strength}
             else:
-                run = _Run(name, kind, method(**given))
-                with run.method(model):  # one that does not fit is found before the others are measured
-                    runs.append(run)
+                found = [_Run(name, kind, method(**given))]
+                with found[0].method(model):  # one that does not fit is found before others are measured
+                    describe(model, processor, other, shapes_synonyms(), max_new_tokens=2)
+            if tuner is not None and (best := tuner(name, method, given, chosen)) is not None:
+                found += _tuned(found, best)
+            runs += found
         except (ValueError, NotImplementedError) as error:
             if methods is not None:
                 raise
             say(f"{name} is left out: {error}")
+    runs = [*_baselines(runs, temperature), *runs]
     rows = []
     for number, run in enumerate(runs):
         say(f"[{number + 1}/{len(runs)}] {run.name}")
-        found = [_measure(model, processor, scenes[seed], run, seed, batch_size) for seed in seeds]
+        measured = [_measure(model, processor, scenes[seed], run, seed, batch_size) for seed in seeds]
         row: dict[str, Any] = {
             "method": run.name,
             "kind": run.kind,
@@ -143,7 +177,7 @@ def evaluate_hallucination(
             "setting": run.setting,
         }
         for measure in MEASURES:
-            values = [one[measure] for one in found]
+            values = [one[measure] for one in measured]
             several = len(values) > 1
             row[measure] = sum(values) / len(values)
             row[f"{measure}_low"] = min(values) if several else None
@@ -156,14 +190,15 @@ def adapted(name: str, model: Any, processor: Any) -> dict[str, Any]:
     """The hyperparameters that a method has here because its defaults do not fit, by name.
 
     Published choices of layers are for 32: the same part of the depth is taken, rounded, at least one layer.
-    In the decoder of four layers VHR acts on 1 to 3, VAR and ACT on 1 and 2, PAI on 1 to 3.
+    In the decoder of four layers VHR acts on 1 to 3, VAR and ACT on 1 and 2, PAI and Paint on 1 to 3. So is
+    the part of the image tokens that GLC has as candidates, 128 of 576.
 
     VAR: no image token of this model has a dimension as huge as `tau` asks for, also in proportion to the
     width (20 at a width of 4096 are 3.5 at 128); the largest ones come to 3. With 2 some ten of the 64 tokens
     count as sinks, so that the rule is tried, but not the idea behind it.
 
     ICD and RITUAL get the tokenizer and the statistics of the processor. Most words of ICD's instruction are
-    `<unk>` to this model.
+    `<unk>` to this model. What matters to AGLA says the CLIP of the package, not BLIP.
     """
     depth = model.config.get_text_config().num_hidden_layers
     skipped = max(1, round(2 * depth / 32))
@@ -174,7 +209,7 @@ def adapted(name: str, model: Any, processor: Any) -> dict[str, Any]:
         return {"layers": tuple(range(skipped, end)), "tau": 2.0}
     if name == "act":
         return {"layers": tuple(range(skipped, end))}
-    if name == "pai":
+    if name in ("pai", "paint"):
         return {"layers": tuple(range(skipped, depth))}
     if name in ("icd", "ritual"):
         from visionsel.multimodal.decoding import Disturbance, RandomTransform
@@ -182,7 +217,87 @@ def adapted(name: str, model: Any, processor: Any) -> dict[str, Any]:
         if name == "icd":
             return {"view": Disturbance.of(processor.tokenizer)}
         return {"view": RandomTransform.of(model, processor=processor)}
+    if name == "agla":
+        from visionsel.embedded.clip import load_clip
+        from visionsel.multimodal.decoding.matching import ClipMatcher, matching_view
+
+        clip, _, tokenizer = load_clip()
+        return {"view": matching_view(model, processor, ClipMatcher(clip, tokenizer))}
+    if name == "glc":
+        side = processor.image_processor.crop_size["height"] // processor.patch_size
+        return {"keep": max(1, round(128 * side**2 / 576))}
     return {}
+
+
+def _baselines(runs: Sequence[_Run], temperature: float) -> list[_Run]:
+    """The model by itself: greedily, sampling, and sampling at what agreeing decoders amount to."""
+    matched = {
+        1 / (1 + run.method.alpha)
+        for run in runs
+        if run.name.partition(" ")[0] in AGREEING and run.method.alpha > 0
+    }
+    return [
+        _Run(GREEDY, "baseline"),
+        _Run(SAMPLING, "baseline", temperature=temperature),
+        *(
+            _Run(f"{SAMPLING} T={one:.2g}", "baseline", temperature=one)
+            for one in sorted(matched - {temperature}, reverse=True)
+        ),
+    ]
+
+
+@dataclass
+class _Tuner:
+    """Chooses the settings of methods on scenes of their own."""
+
+    model: Any
+    processor: Any
+    scenes: Sequence[Sample]
+    batch_size: int
+    say: Callable[[str], None]
+    tables: Callable[[str, Any], None]
+    baseline: Any = None  # of the model by itself, measured once
+
+    def __call__(self, name: str, method: Any, given: Mapping[str, Any], kept: Mapping[str, Any]) -> Any:
+        """The method at its best; None where nothing is to be chosen, or nothing keeps the limits."""
+        from visionsel.multimodal.evaluation import shapes_synonyms
+        from visionsel.multimodal.evaluation.tuning import settings_of, tune
+
+        grid = grid_of(name, self.model, self.processor, given)
+        grid = {key: values for key, values in grid.items() if key not in kept}
+        if not grid:
+            return None
+        self.say(f"tuning {name}: {len(settings_of(grid))} settings on {len(self.scenes)} other scenes")
+        tuning = tune(
+            self.model,
+            self.processor,
+            method,
+            grid,
+            self.scenes,
+            fixed=given,
+            baseline=self.baseline,
+            synonyms=shapes_synonyms(),
+            batch_size=self.batch_size,
+        )
+        self.baseline = tuning.baseline
+        self.tables(name, tuning)
+        if tuning.chosen is None:
+            self.say(f"{name} has no tuned form: no setting keeps recall, length and answers")
+            return None
+        self.say(f"{name} does best with {tuning.chosen.name}")
+        return tuning.best()
+
+
+def _tuned(found: Sequence[_Run], best: Any) -> list[_Run]:
+    """The tuned form of a method, and of its control if the strength is another one."""
+    first, *controls = found
+    runs = [_Run(f"{first.name} tuned", first.kind, best)]
+    for control in controls:
+        if best.strength != first.method.strength:
+            runs.append(
+                _Run(f"{control.name} tuned", control.kind, replace(control.method, strength=best.strength))
+            )
+    return runs
 
 
 def _pick(methods: Sequence[str] | None) -> dict[str, tuple[str, Any]]:
@@ -217,10 +332,9 @@ def _measure(
     model: Any, processor: Any, samples: Sequence[Sample], run: _Run, seed: int, batch_size: int
 ) -> dict[str, float]:
     """The measures of one row on the scenes of one seed."""
-    from visionsel.multimodal.evaluation import Hallucination, chair, pope, shapes_synonyms
+    from visionsel.multimodal.evaluation import Hallucination, shapes_synonyms
+    from visionsel.multimodal.evaluation.asking import ask, describe
 
-    asked = [(one.image, question) for one in samples for question in one.questions]
-    asked = [(image, question) for image, question in asked if question.kind == "exist"]
     with ExitStack() as stack:
         options: dict[str, Any] = {}
         if run.temperature is not None:
@@ -230,22 +344,9 @@ def _measure(
             options = {"do_sample": True, "temperature": run.temperature, "top_k": 0, "top_p": 1.0}
         if run.method is not None:
             stack.enter_context(run.method(model))
-        images = [one.image for one in samples]
-        captions = generate_answers(
-            model, processor, images, [CAPTION_PROMPT] * len(images), batch_size, **options
-        )
-        answers = generate_answers(
-            model,
-            processor,
-            [image for image, _ in asked],
-            [question.text for _, question in asked],
-            2 * batch_size,
-            max_new_tokens=8,
-            **options,
-        )
-    there = [{thing.shape for thing in one.objects} for one in samples]
-    said = chair.score(captions, there, shapes_synonyms())
-    scores = Hallucination.of(said, pope.score(answers, [question.answer for _, question in asked]))
+        said = describe(model, processor, samples, shapes_synonyms(), batch_size=batch_size, **options)
+        answered = ask(model, processor, samples, 2 * batch_size, **options)
+    scores = Hallucination.of(said, answered)
     return {
         measure: said["mentions"] / said["captions"] if measure == "mentions" else getattr(scores, measure)
         for measure in MEASURES
