@@ -22,6 +22,7 @@ from visionsel.data.shapes import (
     split_words,
 )
 from visionsel.data.shapes.scene import GRID
+from visionsel.multimodal.evaluation.asking import generate
 from visionsel.multimodal.prompts import chat_texts
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 
-@torch.inference_mode()
 def generate_answers(
     model: Any,
     processor: Any,
@@ -45,14 +45,7 @@ def generate_answers(
     **options: Any,
 ) -> list[str]:
     """Answers, one for each pair of image and prompt; greedy where `options` of `generate()` say no other."""
-    options = {"do_sample": False, **options}
-    answers: list[str] = []
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        inputs = encode_prompts(processor, images[part], prompts[part]).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        answers += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    return generate(model, processor, images, prompts, batch_size, max_new_tokens, **options)
 
 
 def encode_prompts(

@@ -44,6 +44,8 @@ def find_family(model: nn.Module) -> Family:
     found = [family for family in FAMILIES if kind in family.model_types]
     if not found:
         reason = "it has no transformers config" if kind is None else f"its config.model_type is {kind!r}"
+    elif hasattr(model, "get_base_model"):
+        reason = "it is a wrapper of peft; pass model.get_base_model(), which has the adapter too"
     elif not hasattr(model, "model") or not hasattr(model, "generate"):
         reason = "it has no language-modelling head; pass the ...ForConditionalGeneration model"
     else:
