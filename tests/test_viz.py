@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionsel.viz import OKABE_ITO, draw_boxes, enlarge, overlay_masks
+from visionsel.viz import (
+    HEAT,
+    OKABE_ITO,
+    draw_boxes,
+    draw_points,
+    enlarge,
+    overlay_heatmap,
+    overlay_masks,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -105,3 +113,56 @@ def test_enlarging_makes_squares_or_interpolates() -> None:
     for factor in (0, 1.5):
         with pytest.raises(ValueError, match="factor must be a positive integer"):
             enlarge(image, factor)  # type: ignore[arg-type]
+
+
+def test_a_heatmap_goes_from_dark_blue_to_yellow_over_the_grey_image() -> None:
+    image = Image.new("RGB", (3, 2), (255, 0, 0))
+    heatmap = np.array([[1.0, 2, 3], [1, 2.5, 3]])
+    out = np.asarray(overlay_heatmap(image, heatmap, alpha=1, legend=False))
+    assert out[0, 0].tolist() == [0x00, 0x22, 0x4E]
+    assert out[1, 2].tolist() == [0xF0, 0xE4, 0x42]
+    assert out[0, 1].tolist() == [43, 147, 206]  # half way between the two middle colours
+    half = np.asarray(overlay_heatmap(image, heatmap, alpha=0.5, legend=False)).astype(int)
+    assert abs(2 * half[0, 0] - out[0, 0] - np.asarray(image.convert("L"))[0, 0]).max() <= 1
+    assert (np.asarray(overlay_heatmap(image, np.ones((2, 3)), 1, False)) == out[0, 0]).all()
+
+
+def test_the_ramp_grows_brighter_all_the_way() -> None:
+    ramp = overlay_heatmap(Image.new("RGB", (64, 1)), np.arange(64.0)[None], alpha=1, legend=False)
+    assert (np.diff(np.asarray(ramp.convert("L"), dtype=int)[0]) >= 0).all()
+    assert len(HEAT) == 4
+
+
+def test_the_legend_is_below_the_picture_and_has_the_values_where_there_is_room() -> None:
+    heatmap = np.arange(100.0)[None].repeat(4, 0)
+    out = np.asarray(overlay_heatmap(Image.new("RGB", (100, 4)), heatmap))
+    assert out.shape[1] == 100
+    assert (out[:4] == np.asarray(overlay_heatmap(Image.new("RGB", (100, 4)), heatmap, legend=False))).all()
+    assert out[4, 0].tolist() == [0x00, 0x22, 0x4E]
+    assert (out[12:] < 80).any()
+    narrow = np.asarray(overlay_heatmap(Image.new("RGB", (4, 4)), heatmap[:, :4]))
+    assert (narrow[12:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("heatmap", "alpha", "message"),
+    [
+        (np.zeros((3, 4)), 2, "alpha must be from 0 to 1, got 2"),
+        (np.zeros((4, 3)), 1, r"a heatmap is \[3, 4\] like the image, got \[4, 3\]"),
+        (np.full((3, 4), np.nan), 1, "the heatmap holds NaN"),
+    ],
+)
+def test_heatmaps_that_do_not_fit_are_refused(grey, heatmap, alpha, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        overlay_heatmap(grey, heatmap, alpha)
+
+
+def test_points_inside_are_full_and_points_outside_hollow() -> None:
+    image = Image.new("RGB", (30, 12), (100, 100, 100))
+    out = np.asarray(draw_points(image, [(6, 6), (22, 6)], [1, 0]))
+    assert out[6, 6].tolist() == [213, 94, 0]
+    assert out[6, 22].tolist() == [100, 100, 100]
+    assert out[6, 22 + 3].tolist() == [255, 255, 255]
+    assert (np.asarray(image) == 100).all()
+    with pytest.raises(ValueError, match="one label for each point, got 1 for 2"):
+        draw_points(image, [(1, 1), (2, 2)], [1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-__all__ = ["OKABE_ITO", "draw_boxes", "enlarge", "overlay_masks"]
+__all__ = ["HEAT", "OKABE_ITO", "draw_boxes", "draw_points", "enlarge", "overlay_heatmap", "overlay_masks"]
 
 OKABE_ITO = {
     "orange": "#e69f00",
@@ -20,6 +20,9 @@ OKABE_ITO = {
     "vermilion": "#d55e00",
 }
 """Colours that every kind of colour vision tells apart (Okabe and Ito 2008), without black."""
+
+HEAT = ("#00224e", "#0072b2", "#56b4e9", "#f0e442")
+"""A ramp from dark blue to yellow: its brightness rises, and nobody's eye mixes up blue and yellow."""
 
 
 def overlay_masks(
@@ -52,6 +55,93 @@ def overlay_masks(
             )
         pixels[mask] = (1 - alpha) * pixels[mask] + alpha * np.array(_rgb(color))
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def overlay_heatmap(
+    image: Image.Image, heatmap: np.ndarray, alpha: float = 0.6, legend: bool = True
+) -> Image.Image:
+    """Mix the colours of a map into the grey image: dark blue where it is lowest, yellow where highest.
+
+    Args:
+        image: of any mode, `H` by `W` pixels.
+        heatmap: `[H, W]`; stretched between its least and its largest value, and all blue if it has one only.
+        alpha: share of the colours, 0 to 1.
+        legend: add a strip below the image with the colours and, where there is room, the two values.
+
+    Returns:
+        The picture, RGB, at the resolution of the image.
+
+    Raises:
+        ValueError: for a map of another size or with NaN or infinity, or an `alpha` out of range.
+    """
+    if heatmap.shape != (image.height, image.width):
+        raise ValueError(
+            f"a heatmap is [{image.height}, {image.width}] like the image, got {list(heatmap.shape)}"
+        )
+    if not np.isfinite(heatmap).all():
+        raise ValueError("the heatmap holds NaN or infinity")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    low, high = float(heatmap.min()), float(heatmap.max())
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    mixed = (1 - alpha) * grey + alpha * _heat((heatmap.astype(np.float64) - low) / ((high - low) or 1.0))
+    picture = Image.fromarray(mixed.round().astype(np.uint8))
+    return _with_legend(picture, low, high) if legend else picture
+
+
+def _heat(shares: np.ndarray) -> np.ndarray:
+    """RGB `[..., 3]` of values from 0 to 1."""
+    ramp = np.array([_rgb(color) for color in HEAT], dtype=np.float64)
+    steps = np.linspace(0, 1, len(ramp))
+    return np.stack([np.interp(shares, steps, channel) for channel in ramp.T], -1)
+
+
+def _with_legend(picture: Image.Image, low: float, high: float) -> Image.Image:
+    font, bar = ImageFont.load_default(10), 8
+    whole = Image.new("RGB", (picture.width, picture.height + bar + 14), "white")
+    whole.paste(picture)
+    colors = _heat(np.linspace(0, 1, picture.width))[None].repeat(bar, 0)
+    whole.paste(Image.fromarray(colors.round().astype(np.uint8)), (0, picture.height))
+    draw, y = ImageDraw.Draw(whole), picture.height + bar + 1
+    texts = [f"{value:.2g}" for value in (low, high)]
+    widths = [int(draw.textlength(text, font=font)) for text in texts]
+    if sum(widths) + 8 <= picture.width:
+        draw.text((1, y), texts[0], fill="black", font=font)
+        draw.text((picture.width - widths[1] - 1, y), texts[1], fill="black", font=font)
+    return whole
+
+
+def draw_points(
+    image: Image.Image, points: Sequence[Sequence[float]], labels: Sequence[int], radius: int = 3
+) -> Image.Image:
+    """Draw points with a white and a black rim: full ones are inside of something, hollow ones outside.
+
+    Args:
+        image: of any mode.
+        points: (x, y) in pixels.
+        labels: 1 inside, 0 outside, one for each point.
+        radius: in pixels.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        ValueError: for another number of labels than of points.
+    """
+    if len(points) != len(labels):
+        raise ValueError(f"one label for each point, got {len(labels)} for {len(points)}")
+    picture = image.convert("RGB")
+    if picture is image:
+        picture = image.copy()
+    draw = ImageDraw.Draw(picture)
+    for (x, y), label in zip(points, labels, strict=True):
+        for size, color in ((radius + 1, "black"), (radius, "white")):
+            around = (x - size, y - size, x + size, y + size)
+            draw.ellipse(around, fill=color if label else None, outline=color)
+        if label:
+            inner = radius - 1
+            draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=_rgb(OKABE_ITO["vermilion"]))
+    return picture
 
 
 def draw_boxes(

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from visionsel.multimodal import evaluation
 from visionsel.multimodal.decoding import AGLA, GLC, ICD, M3ID, VCD, PAIGuidance, Ritual, TwoView
-from visionsel.multimodal.grounding import AttentionRecorder, TokenGrid
+from visionsel.multimodal.grounding import AttentionRecorder, Grounder, TokenGrid
 from visionsel.multimodal.grounding.segmenters import build_segmenter
 from visionsel.multimodal.intervention import Intervention, Stack
 from visionsel.multimodal.modulation import (
@@ -75,6 +75,7 @@ __all__ = [
     "DivPrune",
     "ExplainPrune",
     "FastV",
+    "Grounder",
     "GroundingHeads",
     "HeadImportance",
     "HoloV",

@@ -1,4 +1,4 @@
-"""What the attention of eager models says about the image, one row at a time; and a trained model's scenes."""
+"""What eager attention says about the image, one row at a time; and the scenes of a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sinks are the columns that a plain reading of the rules gives, and they are 0 in the maps of all methods."""
+"""Sinks are the columns that a plain reading of the rules gives, and 0 in the maps of all methods."""
 
 from statistics import median
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.multimodal.grounding.heatmaps.eager import HEADS, NAMES, NEW, TOLERANCE, Case, case
+from tests.multimodal.grounding.heatmaps.eager import HEADS, NAMES, TOLERANCE, Case, case
+from visionsel.multimodal import VHR
 from visionsel.multimodal.grounding import Replay
 from visionsel.multimodal.grounding.heatmaps.localization_heads import LocalizationHeads
 from visionsel.multimodal.grounding.heatmaps.mean import Mean
@@ -40,20 +41,21 @@ def by_hidden_states(one: Case, layers: list[int]) -> list[list[bool]]:
     return found
 
 
-def by_attention(one: Case, layers: list[int], row: str) -> list[list[bool]]:
+def by_attention(one: Case, layers: list[int]) -> list[list[bool]]:
+    """Over all rows behind the last image."""
     found = []
-    steps = range(1 if row == "prompt" else NEW)
     for b, columns in enumerate(one.columns):
         counts = [0] * len(columns)
+        places = range(columns[-1] + 1, one.weights.shape[-1])
         for layer in layers:
             for head in range(HEADS):
-                for t in steps:
-                    values = one.attention(layer, head, row, b, t).tolist()
+                for place in places:
+                    values = one.weights[layer, b, head, place][columns].tolist()
                     middle = sorted(values)[(len(values) - 1) // 2]  # torch takes the lower one of two
                     assert abs(middle - median(values)) < 1
                     for number, value in enumerate(values):
                         counts[number] += value >= MEDIAN.times * middle
-        found.append([count > MEDIAN.share * len(layers) * HEADS * len(steps) for count in counts])
+        found.append([count > MEDIAN.share * len(layers) * HEADS * len(places) for count in counts])
     return found
 
 
@@ -71,11 +73,10 @@ def test_they_are_told_by_hidden_states_in_most_layers(name: str) -> None:
         check(sink_columns(one.replay, HIDDEN, layers), by_hidden_states(one, layers))
 
 
-@pytest.mark.parametrize("row", ["predict", "prompt"])
 @pytest.mark.parametrize("name", NAMES)
-def test_they_are_told_by_attention_in_most_rows(name: str, row: str) -> None:
+def test_they_are_told_by_attention_in_most_rows(name: str) -> None:
     one = case(name)
-    check(sink_columns(one.replay, MEDIAN, [1, 3], row), by_attention(one, [1, 3], row))
+    check(sink_columns(one.replay, MEDIAN, [1, 3]), by_attention(one, [1, 3]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,14 +106,23 @@ def test_several_answers_have_the_sinks_of_their_own_sample() -> None:
         assert not torch.equal(single[0], single[1])
 
 
+def test_prompts_that_a_modulator_runs_beside_do_not_disturb() -> None:
+    one = case("llava")
+    plain = sink_columns(one.replay, HIDDEN, [1, 2])
+    with VHR(2.0, (2, 3))(one.model):  # it runs the prompt without its image, and acts from layer 2 on
+        modulated = sink_columns(one.replay, HIDDEN, [1, 2])
+    assert plain is not None
+    assert modulated is not None
+    assert torch.equal(modulated, plain)
+
+
 @pytest.mark.parametrize("method", [Mean, Relative, LocalizationHeads])
 def test_every_method_leaves_them_out(method: Any) -> None:
     one = case("llava")
     options = {"heads": ((1, 2), (3, 0)), "sigma": 0} if method is LocalizationHeads else {"layers": (1, 3)}
     full = method(**options)(one.replay, one.replay)
-    for sinks in (HIDDEN, MEDIAN, "border"):
-        row = method(**options).row
-        columns = sink_columns(one.replay, sinks, [1, 3], row)
+    for sinks in (HiddenSinks(tau=1.5, dims=(3, 9, 20)), MEDIAN, "border"):
+        columns = sink_columns(one.replay, sinks, [1, 3])
         found = method(**options, sinks=sinks)(one.replay, one.replay)
         torch.testing.assert_close(found, without_sinks(full, columns), **TOLERANCE)
         assert (found != full).any()
