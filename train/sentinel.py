@@ -59,12 +59,12 @@ from train.sentinel_pairs import (
     sample_sentences,
 )
 from visionsel.data.imagefolder import list_images, open_image
-from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
+from visionsel.data.shapes import Sample, ShapesWorld
 from visionsel.embedded.hallucination_quality import MEASURES
-from visionsel.embedded.lvlm_quality import generate_answers
 from visionsel.files import whole_file, write_json
 from visionsel.generation import load_lvlm
-from visionsel.multimodal.evaluation import Hallucination, chair, pope, read_synonyms, shapes_synonyms
+from visionsel.multimodal.evaluation import Hallucination, read_synonyms, shapes_synonyms
+from visionsel.multimodal.evaluation.asking import ask, describe
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.prompts import chat_texts
 
@@ -420,14 +420,8 @@ def _validate(config: Any, folder: Path) -> None:
 
 def _measure(model: Any, processor: Any, scenes: Sequence[Sample]) -> dict[str, float]:
     """CHAIR of captions and POPE of answers, both greedy."""
-    asked = [(scene.image, one) for scene in scenes for one in scene.questions if one.kind == "exist"]
-    images = [scene.image for scene in scenes]
-    captions = generate_answers(model, processor, images, [CAPTION_PROMPT] * len(images))
-    images, questions = [image for image, _ in asked], [question for _, question in asked]
-    answers = generate_answers(model, processor, images, [one.text for one in questions], 100, 8)
-    there = [{thing.shape for thing in scene.objects} for scene in scenes]
-    said = chair.score(captions, there, shapes_synonyms())
-    both = Hallucination.of(said, pope.score(answers, [one.answer for one in questions]))
+    said = describe(model, processor, scenes, shapes_synonyms())
+    both = Hallucination.of(said, ask(model, processor, scenes))
     return {
         key: said["mentions"] / said["captions"] if key == "mentions" else getattr(both, key)
         for key in MEASURES

@@ -30,11 +30,14 @@ def add_answering(parser: Any, data: str) -> None:
         ("--modulate", "methods that change attention or heads, such as vhr:alpha=2"),
     ):
         group.add_argument(name, nargs="+", action="extend", default=[], metavar="SPEC", help=text)
-    group.add_argument("--decode", metavar="SPEC", help="a method that decodes with two views, such as vcd")
+    group.add_argument(
+        "--decode", metavar="SPEC", help="a method of decoding: with two views, such as vcd, or glc"
+    )
     group.add_argument(
         "--baselines",
-        action="store_true",
-        help="also the model by itself: greedy, and sampling at the temperature that the method amounts to",
+        action=argparse.BooleanOptionalAction,
+        help="also the model by itself: greedy, and sampling at the temperature that the method amounts to "
+        "(default: beside every method)",
     )
     group.add_argument(
         "--temperature", type=float, metavar="T", help="sample at it (default: the most probable token)"
@@ -98,7 +101,10 @@ class _Run:
 
 
 def answer_task(options: argparse.Namespace, task: Any) -> dict[str, dict[str, Any]]:
-    """What each line of the table scored; baselines first."""
+    """What each line of the table scored; baselines first.
+
+    They are asked last: what does not fit the model, or the file, is found before hours of them.
+    """
     if options.out is not None:
         return _answer(options, task, options.out)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,24 +147,24 @@ def _answer(options: argparse.Namespace, task: Any, out: Path) -> dict[str, dict
             progress=show_progress if sys.stderr.isatty() else None,
         )
         results[run.name] = task.score([row[task.said] for row in rows])
-    return results
+    return {run.name: results[run.name] for run in [*runs[1:], runs[0]]}
 
 
 def _runs(options: argparse.Namespace, methods: Sequence[Any], out: Path) -> list[_Run]:
-    """The run that is asked for, and the baselines before it, with files beside its own."""
+    """The run that is asked for, and the baselines, with files beside its own."""
     specs = [*options.prune, *options.modulate, *filter(None, [options.decode])]
     plain = "greedy" if options.temperature is None else f"sampling T={options.temperature:.3g}"
     name = " + ".join(specs) or plain
     if specs and options.temperature is not None:
         name += f" T={options.temperature:.3g}"
     runs = [_Run(name, methods, options.temperature, out)]
-    if options.baselines:
+    if options.baselines or (options.baselines is None and specs):
         matched = (options.temperature or 1.0) / (1 + _agreement(methods))
         for baseline, temperature in (("greedy", None), (f"sampling T={matched:.3g}", matched)):
             if specs or temperature != options.temperature:
                 beside = baseline.replace(" T=", "-")
                 path = out.with_name(f"{out.stem}.{beside}{out.suffix}")
-                runs.insert(len(runs) - 1, _Run(baseline, [], temperature, path))
+                runs.append(_Run(baseline, [], temperature, path))
     return runs
 
 

@@ -15,15 +15,20 @@ from visionsel.cli_answers import add_answering, answer_task, shapes_distributio
 __all__ = ["add_benchmarks"]
 
 EPILOG = {
-    "chair": "examples: visionsel evaluate chair llava.jsonl --instances instances_val2014.json "
-    "--references captions_val2014.json | visionsel evaluate chair --images val2014 --instances "
-    "instances_val2014.json --model llava --modulate vhr --baselines --out vhr.jsonl",
-    "pope": "examples: visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json | "
-    "visionsel evaluate pope --data shapes --modulate 'vhr:alpha=2,layers=(1,2,3)'",
-    "amber": "examples: visionsel evaluate amber responses.json --data AMBER/data | visionsel evaluate amber "
-    "--data AMBER/data --images AMBER/image --model llava --part generative --out answers.jsonl",
-    "mme": "examples: visionsel evaluate mme Your_Results | visionsel evaluate mme --data "
-    "MME_Benchmark_release_version --model llava --decode vcd --baselines --out vcd.jsonl",
+    "chair": """examples:
+  visionsel evaluate chair llava.jsonl --instances instances_val2014.json --references captions_val2014.json
+  visionsel evaluate chair --images val2014 --instances instances_val2014.json --model llava \\
+      --modulate vhr --out vhr.jsonl""",
+    "pope": """examples:
+  visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json
+  visionsel evaluate pope --data shapes --modulate 'vhr:alpha=2,layers=(1,2,3)'""",
+    "amber": """examples:
+  visionsel evaluate amber responses.json --data AMBER/data
+  visionsel evaluate amber --data AMBER/data --images AMBER/image --model llava --part generative \\
+      --out answers.jsonl""",
+    "mme": """examples:
+  visionsel evaluate mme Your_Results
+  visionsel evaluate mme --data MME_Benchmark_release_version --model llava --decode vcd --out vcd.jsonl""",
 }
 Results = dict[str, dict[str, Any]]
 
@@ -35,6 +40,7 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="which objects captions invent (CHAIR), beside their recall and length",
         epilog=EPILOG["chair"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
     )
     chair.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="captions: JSON lines of image_id and caption"
@@ -68,6 +74,7 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="whether a model says yes to objects that are not there (POPE), beside its share of yes",
         epilog=EPILOG["pope"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
     )
     pope.add_argument(
         "files",
@@ -85,6 +92,7 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="what captions invent and cover, and answers about existence, attributes, relations (AMBER)",
         epilog=EPILOG["amber"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
     )
     amber.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="responses: JSON, or JSON lines, of id, response"
@@ -108,6 +116,7 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="existence, count, position and color, two questions an image (MME)",
         epilog=EPILOG["mme"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
     )
     mme.add_argument(
         "files",

@@ -1,6 +1,7 @@
 """`visionsel evaluate`: what measures the models that ship with the package.
 
-The benchmarks of other data and models, `chair`, `pope`, `amber` and `mme`, are in `cli_benchmarks`.
+The benchmarks of other data and models are in `cli_benchmarks` (`chair`, `pope`, `amber`, `mme`) and in
+`cli_grounding` (`refcoco`, `png`, `coco`, `lvis`, `coda`, `vizwiz-grounding`).
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visionsel.cli_benchmarks import add_benchmarks
+from visionsel.cli_grounding import add_grounding
 from visionsel.cli_text import print_table
 
 __all__ = ["add_evaluate"]
@@ -18,6 +20,7 @@ EPILOG = {
     "embedded": "example: visionsel evaluate embedded --models lvlm segmenter --size 200",
     "pruning": "example: visionsel evaluate pruning --methods random fastv --keep 0.5 0.25 --plot table.png",
     "hallucination": "example: visionsel evaluate hallucination --methods vhr vcd --seeds 0 1 2 --tune",
+    "grounding": "example: visionsel evaluate grounding --methods vl_sam mean --seeds 0 1 --csv table.csv",
 }
 
 
@@ -59,6 +62,7 @@ def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--size", type=int, default=200, help="scenes (default: 200, some ten minutes for all methods)"
     )
     pruning.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    pruning.add_argument("--device", help="default: cuda if there is one, else cpu")
     pruning.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     pruning.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
     pruning.set_defaults(run=_evaluate_pruning)
@@ -88,8 +92,37 @@ def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure each method at its best setting too, chosen on other scenes (takes much longer)",
     )
+    hallucination.add_argument("--device", help="default: cuda if there is one, else cpu")
     hallucination.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     hallucination.set_defaults(run=_evaluate_hallucination)
+
+    grounding = evaluate.add_parser(
+        "grounding",
+        parents=[common],
+        help="whether attention finds what expressions mean, with the models of the package",
+        epilog=EPILOG["grounding"],
+    )
+    grounding.add_argument("--methods", nargs="+", metavar="METHOD", help="heatmaps (default: all)")
+    grounding.add_argument(
+        "--size", type=int, default=60, help="scenes of each seed (default: 60, some minutes)"
+    )
+    grounding.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="SEED",
+        help="of the scenes; several give mean and range (default: 0)",
+    )
+    grounding.add_argument(
+        "--ensembles",
+        action="store_true",
+        help="detect with ten questions and the quarters of each image (takes ten times as long)",
+    )
+    grounding.add_argument("--device", help="default: cuda if there is one, else cpu")
+    grounding.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    grounding.set_defaults(run=_evaluate_grounding)
+    add_grounding(evaluate, common)
     add_benchmarks(evaluate, common)
 
 
@@ -119,11 +152,11 @@ def _evaluate_embedded(options: argparse.Namespace) -> None:
 
 
 def _evaluate_pruning(options: argparse.Namespace) -> None:
-    from visionsel.embedded import load_lvlm
     from visionsel.embedded.pruning_quality import MEASURES, evaluate_pruning, plot_rows, write_rows
+    from visionsel.generation import load_lvlm
 
     rows = evaluate_pruning(
-        *load_lvlm(),
+        *load_lvlm("embedded", options.device),
         options.methods,
         options.keep,
         options.size,
@@ -152,11 +185,11 @@ def _evaluate_pruning(options: argparse.Namespace) -> None:
 
 
 def _evaluate_hallucination(options: argparse.Namespace) -> None:
-    from visionsel.embedded import load_lvlm
     from visionsel.embedded.hallucination_quality import MEASURES, evaluate_hallucination, write_rows
+    from visionsel.generation import load_lvlm
 
     rows = evaluate_hallucination(
-        *load_lvlm(),
+        *load_lvlm("embedded", options.device),
         options.methods,
         options.size,
         options.seeds,
@@ -170,13 +203,41 @@ def _evaluate_hallucination(options: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
 
-    def show(row: dict[str, Any], measure: str) -> str:
-        digits = {"length": 1, "mentions": 2}.get(measure, 3)
-        values = [row[measure + end] for end in ("", "_low", "_high")]
-        mean, *ends = (f"{value:.{digits}f}" for value in values if value is not None)
-        return f"{mean} ({'-'.join(ends)})" if ends else mean
-
     print_table(
         ["method", *MEASURES.values()],
-        [[row["method"], *(show(row, measure) for measure in MEASURES)] for row in rows],
+        [[row["method"], *(_with_range(row, measure) for measure in MEASURES)] for row in rows],
     )
+
+
+def _evaluate_grounding(options: argparse.Namespace) -> None:
+    from visionsel.embedded.grounding_quality import MEASURES, evaluate_grounding, write_rows
+    from visionsel.generation import load_lvlm
+
+    rows = evaluate_grounding(
+        *load_lvlm("embedded", options.device),
+        options.methods,
+        options.size,
+        options.seeds,
+        ensembles=options.ensembles,
+        progress=lambda name: print(name, file=sys.stderr, flush=True),
+    )
+    if options.csv is not None:
+        write_rows(rows, options.csv)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print_table(
+        ["method", *MEASURES.values()],
+        [[row["method"], *(_with_range(row, measure) for measure in MEASURES)] for row in rows],
+    )
+
+
+def _with_range(row: dict[str, Any], measure: str) -> str:
+    """A mean, and its range over several seeds."""
+    digits = {"length": 1, "mentions": 2}.get(measure, 3)
+    values = [row[measure + end] for end in ("", "_low", "_high")]
+    numbers = [f"{value:.{digits}f}" for value in values if value is not None]
+    if not numbers:
+        return "-"
+    mean, *ends = numbers
+    return f"{mean} ({'-'.join(ends)})" if ends else mean

@@ -61,8 +61,11 @@ def load_lvlm(name: str = "embedded", device: str | None = None, dtype: str | No
     else:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(name)
-        processor = AutoProcessor.from_pretrained(name)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:  # also for a folder that is not there
+            raise OSError(f"no vision-language model of transformers is at {name!r}: {error}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(device, precision), processor
 
@@ -88,7 +91,7 @@ def generate_answer(
         max_new_tokens: after which the answer is cut.
         modulate: methods that change attention or heads, such as `"vhr:alpha=2"`; all of them, with the
             pruners.
-        decode: a method of decoding with two views, such as `"vcd:alpha=1"`. `"agla"` needs another model to
+        decode: a method of decoding, such as `"vcd:alpha=1"` or `"glc"`. `"agla"` needs another model to
             tell what matters in the image: it has the package's CLIP for the package's model, and else a view
             of its own has to be made, see `visionsel.multimodal.decoding.matching_view`.
 
@@ -158,7 +161,7 @@ def _with_view(decoder: Any, model: Any, processor: Any) -> Any:
 
         with torch.inference_mode(False):  # it takes gradients
             clip, _, tokenizer = load_clip()
-        matcher = ClipMatcher(clip.to(model.device), tokenizer)
+            matcher = ClipMatcher(clip.to(model.device), tokenizer)
         return replace(decoder, view=matching_view(model, processor, matcher))
     return decoder
 

@@ -117,15 +117,15 @@ class MaskOracle:
         rows, queries = hidden.shape[:2]
         total = past + queries
         if mask is None:
-            mask = torch.ones(queries, total, dtype=torch.bool).tril(past)[None, None]
+            mask = torch.ones(queries, total, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
             if self.decoder.config._attn_implementation == "eager":
                 lowest = torch.finfo(hidden.dtype).min
-                mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, lowest)
+                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
         assert mask.shape[-2:] == (queries, total), "masks are over the whole prompt and what follows"
         keep = keep.repeat_interleave(rows // len(keep), 0)
         gone = ~torch.cat([keep, keep.new_ones(rows, total - keep.shape[1])], 1)[:, None, None]
         # a dropped token looks at itself, so that its row is not empty; nobody sees what comes of it
-        itself = torch.eye(total, dtype=torch.bool)[past:]
+        itself = torch.eye(total, dtype=torch.bool, device=gone.device)[past:]
         mask = mask.expand(rows, -1, -1, -1)
         if mask.dtype == torch.bool:
             return (mask & ~gone) | (itself & gone)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tests.multimodal.runs import ByScore, cache_name, run, tiny
 from tests.multimodal.tiny import grow, make_inputs
@@ -187,6 +188,18 @@ def test_the_cache_is_found_under_its_old_name_and_its_new_one() -> None:
     assert cache_of({"cache": cache, "past_key_values": None}) is cache
     assert cache_of({"cache": None, "past_key_values": cache}) is cache
     assert cache_of({"cache": None}) is cache_of({}) is None
+
+
+def test_outputs_are_asked_for_their_cache_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("transformers.utils.generic.logger.warning_once", told.append, raising=False)
+    assert cache_of(BaseModelOutputWithPast(last_hidden_state=torch.zeros(1))) is None
+    cache = DynamicCache()
+    model = tiny("llava")
+    with torch.no_grad():
+        out = model(**make_inputs("llava"), **{cache_name(model): cache})
+    assert cache_of(out) is cache
+    assert not told
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])

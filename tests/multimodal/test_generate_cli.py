@@ -145,6 +145,10 @@ def test_an_answer_is_cut_where_asked(scene: Path, capsys: pytest.CaptureFixture
         (["SCENE", "hello", "--decode", "vhr"], "no method is called 'vhr'; there are vcd, icd, m3id"),
         (["SCENE", "hello", "--decode", "vcd:beta=2"], "beta is a ratio of probabilities"),
         (["SCENE", "hello", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (
+            ["SCENE", "hello", "--model", "/no/such/folder"],
+            "no vision-language model of transformers is at '/no/such/folder'",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_said_in_one_line(
@@ -165,6 +169,7 @@ def test_evaluate_pruning_prints_and_writes_a_table_and_a_plot(
 ) -> None:
     table, plot = tmp_path / "new" / "pruning.csv", tmp_path / "pruning.png"
     command = ["evaluate", "pruning", "--methods", "random", "fastv", "--keep", "0.25", "1", "--size", "2"]
+    command += ["--device", "cpu"]
     assert main([*command, "--csv", str(table), "--plot", str(plot)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -197,7 +202,7 @@ def test_evaluate_hallucination_prints_and_writes_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "new" / "hallucination.csv"
-    command = ["evaluate", "hallucination", "--methods", "pai", "vcd", "--size", "2"]
+    command = ["evaluate", "hallucination", "--methods", "pai", "vcd", "--size", "2", "--device", "cpu"]
     assert main([*command, "--csv", str(table)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()

@@ -222,7 +222,7 @@ def adapted(name: str, model: Any, processor: Any) -> dict[str, Any]:
         from visionsel.multimodal.decoding.matching import ClipMatcher, matching_view
 
         clip, _, tokenizer = load_clip()
-        return {"view": matching_view(model, processor, ClipMatcher(clip, tokenizer))}
+        return {"view": matching_view(model, processor, ClipMatcher(clip.to(model.device), tokenizer))}
     if name == "glc":
         side = processor.image_processor.crop_size["height"] // processor.patch_size
         return {"keep": max(1, round(128 * side**2 / 576))}

@@ -130,7 +130,8 @@ def _search(model: Any, processor: Any, budget: float, trials: int, seed: int) -
     for shift in (0, 5):
         pairs = enumerate(scenes)
         asked.append([scene.questions[(i + shift) % len(scene.questions)].text for i, scene in pairs])
-    samples = [encode_prompts(processor, [scene.image for scene in scenes], prompts) for prompts in asked]
+    images = [scene.image for scene in scenes]
+    samples = [encode_prompts(processor, images, prompts).to(model.device) for prompts in asked]
     ranges = Ranges(threshold=(0.0, 5.0), block=(2.0, 8.0))  # of 8 x 8 tokens
     return calibrate(model, samples, budget, trials=trials, startup=max(2, trials // 3), ranges=ranges)[0]
 

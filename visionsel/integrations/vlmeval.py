@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "SPEC"}
     add("--prune", help="pruners, such as fastv:keep=0.25,layer=2", **several)
     add("--modulate", help="methods that change attention or heads, such as vhr:alpha=2", **several)
-    add("--decode", metavar="SPEC", help="a method that decodes with two views, such as vcd:alpha=1")
+    add("--decode", metavar="SPEC", help="a method of decoding, such as vcd:alpha=1")
     add("--dtype", help="of the weights, such as bfloat16 (default: what they are stored in)")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--max-new-tokens", type=int, default=1024, help="of an answer (default: 1024)")

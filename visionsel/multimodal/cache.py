@@ -211,9 +211,10 @@ def restore_layer(layer: PrunedLayer | PrunedSlidingLayer) -> None:
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
-    """The cache among the arguments of a forward; transformers renamed it in 5.24."""
-    cache = arguments.get("cache")
-    return cache if cache is not None else arguments.get("past_key_values")
+    """The cache among the arguments or outputs of a forward; transformers renamed it in 5.24."""
+    named = dict(arguments)  # outputs themselves warn when they are asked for the old name
+    cache = named.get("cache")
+    return cache if cache is not None else named.get("past_key_values")
 
 
 def seen_tokens(cache: Cache | None, layer: int = 0) -> int:

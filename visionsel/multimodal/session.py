@@ -20,7 +20,7 @@ from visionsel.multimodal.families import find_family
 from visionsel.multimodal.families.family import Encoded
 from visionsel.multimodal.scope import PromptScope
 
-__all__ = ["Session", "open_session", "session_of"]
+__all__ = ["Session", "open_session", "own_positions", "session_of"]
 
 _OPEN: dict[int, "Session"] = {}
 _LOCK = threading.Lock()
@@ -179,7 +179,7 @@ class Session:
         Taps and watches that were not installed with `everywhere` are passed over meanwhile.
         """
         scope, aside, self.aside = self.scope, self.aside, True
-        with ExitStack() as stack:
+        with own_positions(self.model), ExitStack() as stack:
             for hold in self._holds:
                 stack.enter_context(hold())
             try:
@@ -327,6 +327,20 @@ class Session:
 
     def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._projected = args[0].detach()
+
+
+@contextmanager
+def own_positions(model: Any) -> Iterator[None]:
+    """Qwen models leave on themselves how far the positions of the last prompt are shifted: put it back."""
+    base = model.model
+    if not hasattr(base, "rope_deltas"):
+        yield
+        return
+    before, base.rope_deltas = base.rope_deltas, None
+    try:
+        yield
+    finally:
+        base.rope_deltas = before
 
 
 def session_of(model: nn.Module) -> Session | None:

@@ -48,10 +48,11 @@ def test_pope_on_shapes_with_a_method(lvlm: tuple[Any, Any], capsys: pytest.Capt
     found = results(
         capsys, "pope", "--data", "shapes:balanced", "--limit", 3, "--seed", 5, "--modulate", spec
     )
+    assert list(found) == ["greedy", "sampling T=1", spec], "no method without baselines, unless asked for"
     asked = [(s.image, q) for s in ShapesWorld("balanced", 5, 3) for q in s.questions if q.kind == "exist"]
     with VHR(alpha=3.0, layers=(1, 2, 3))(lvlm[0]):
         answers = generate_answers(*lvlm, [image for image, _ in asked], [q.text for _, q in asked])
-    assert found == {spec: pope.score(answers, [q.answer for _, q in asked])}
+    assert found[spec] == pope.score(answers, [q.answer for _, q in asked])
 
 
 def test_chair_with_baselines_is_kept_continued_and_scored_again(
@@ -61,7 +62,7 @@ def test_chair_with_baselines_is_kept_continued_and_scored_again(
     out = tmp_path / "ritual.jsonl"
     data = ["chair", "--instances", instances, "--synonyms", "shapes"]
     asking = ["--images", root / "images", "--prompt", CAPTION_PROMPT, "--limit", 3, "--batch-size", 2]
-    asking += ["--decode", "ritual:alpha=1", "--temperature", 1, "--baselines", "--max-new-tokens", 40]
+    asking += ["--decode", "ritual:alpha=1", "--temperature", 1, "--max-new-tokens", 40]
     found = results(capsys, *data, *asking, "--out", out)
     assert list(found) == ["greedy", "sampling T=0.5", "ritual:alpha=1 T=1"]
     world = ShapesWorld("anti", 3 << 30, 3)
@@ -84,9 +85,18 @@ def test_chair_with_baselines_is_kept_continued_and_scored_again(
     head, *lines = captured.out.splitlines()
     assert head.split()[1:] == ["CHAIR_I", "CHAIR_S", "recall", "words", "accuracy", "F1", "yes"]
     assert [line.split("  ")[0] for line in lines[:3]] == list(found)
-    assert "[3/3] ritual:alpha=1 T=1" in captured.err
+    assert "[1/3] ritual:alpha=1 T=1" in captured.err
     error = failure(capsys, *data, *asking, "--seed", 1, "--out", out)
-    assert "ritual.greedy.jsonl was made with other settings: seed 0, now 1" in error
+    assert "ritual.jsonl was made with other settings: seed 0, now 1" in error
+
+
+def test_a_method_that_does_not_fit_is_found_before_baselines_are_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asking = ["pope", "--data", "shapes", "--limit", 1, "--out", tmp_path / "out.jsonl"]
+    error = failure(capsys, *asking, "--modulate", "var", "pai")
+    assert "VAR and PAI both change the attention of layers [2]" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_plain_runs_are_their_own_baseline(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +126,11 @@ def test_amber_and_mme_of_files_and_of_shapes(
     shapes = ["--data", "shapes", "--limit", 2, "--part", "generative"]
     (scores,) = results(capsys, "amber", *shapes).values()
     assert set(scores) == {"generative"}
-    assert main(["evaluate", "mme", "--data", "shapes", "--limit", "2", "--prune", "random:keep=0.5"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split()[-4:] == ["of", "accuracy", "yes", "other"]
+    shapes = ["--data", "shapes", "--limit", "2", "--prune", "random:keep=0.5", "--no-baselines"]
+    assert main(["evaluate", "mme", *shapes]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[-4:] == ["of", "accuracy", "yes", "other"]
+    assert [line.split()[0] for line in lines] == ["random:keep=0.5"]
 
 
 def test_what_is_missing_or_does_not_go_together_is_said(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support import load_fixture
-from visionsel.multimodal.evaluation import files, pope
+from visionsel.multimodal.evaluation import files, pope, read_synonyms
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -81,7 +81,7 @@ def test_answers_find_their_questions_by_number_or_by_order() -> None:
         ),
         (files.read_captions, '[{"image_id": true, "caption": ""}]', "entry 1 needs 'image_id'"),
         (files.read_captions, "[3]", "entry 1 needs 'image_id' .*; it has 3"),
-        (files.read_captions, '{"image_id": 1, "caption": null}', "line 1 needs 'caption'"),
+        (files.read_captions, '{"image_id": 1, "caption": null}', "line 1 needs 'caption' .*'caption': None"),
         (files.read_answers, '{"text": "yes"}', r"line 1 needs 'answer' \(str\)"),
         (
             files.read_questions,
@@ -101,3 +101,11 @@ def test_files_that_are_something_else_are_refused_with_their_line(
         read(path)
     with pytest.raises(FileNotFoundError, match="no file"):
         read(tmp_path / "none")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG")
+    for read in (files.read_captions, files.read_coco, read_synonyms):
+        with pytest.raises(ValueError, match=r"picture\.png.*utf-8"):
+            read(path)

@@ -10,8 +10,6 @@ answer that names no transform leaves the draw to chance, as in RITUAL.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +106,7 @@ class ChosenTransform:
         ends = place.expand_as(ids).masked_fill(mask == 0, -1).amax(1) + 1
         cuts = ends - torch.tensor(tail_lengths(self.processor, ids, mask), device=ids.device)
         asked = with_tokens(inputs, added, cuts.tolist())
-        with open_session(self.model) as session, session.beside(), _positions_kept(self.model):
+        with open_session(self.model) as session, session.beside():
             answers: Tensor = self.model.generate(  # type: ignore[operator]
                 **asked,
                 do_sample=False,
@@ -145,17 +143,3 @@ def kind_named(reply: str, kinds: tuple[str, ...]) -> str | None:
     found = {kind: re.search(rf"\b(?:{_WORDS[kind][1]})", reply.lower()) for kind in kinds}
     places = {kind: match.start() for kind, match in found.items() if match}
     return min(places, key=lambda kind: places[kind]) if places else None
-
-
-@contextmanager
-def _positions_kept(model: Any) -> Iterator[None]:
-    """Qwen models leave on themselves how far the positions of the last prompt are shifted."""
-    base = model.model
-    if not hasattr(base, "rope_deltas"):
-        yield
-        return
-    before = base.rope_deltas
-    try:
-        yield
-    finally:
-        base.rope_deltas = before

@@ -235,7 +235,7 @@ class _SecondView(LogitsProcessor):
         if method.once and self._number:
             other = scores
         else:
-            with torch.no_grad(), self._session.beside(), self._own_positions():
+            with torch.no_grad(), self._session.beside():
                 other = self._first(len(input_ids)) if self._cache is None else self._next(input_ids)
             other = other.to(scores)
         self._previous = input_ids.clone()
@@ -243,19 +243,6 @@ class _SecondView(LogitsProcessor):
         self._number += 1
         combined = combined.masked_fill(implausible(scores, method.beta), -torch.inf)
         return combined.log_softmax(-1) if self._beams else combined
-
-    @contextmanager
-    def _own_positions(self) -> Iterator[None]:
-        """Qwen models leave on themselves how far the positions of the last prompt are shifted."""
-        base = self._model.model
-        if not hasattr(base, "rope_deltas"):
-            yield
-            return
-        main, base.rope_deltas = base.rope_deltas, None
-        try:
-            yield
-        finally:
-            base.rope_deltas = main
 
     def _run(self, **arguments: Any) -> Tensor:
         """Logits of the last token `[rows, vocabulary]`."""

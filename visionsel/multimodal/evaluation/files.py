@@ -118,11 +118,15 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: when there is no file.
+        ValueError: when it is no text.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def read_rows(path: str | Path, keys: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
@@ -144,7 +148,8 @@ def read_rows(path: str | Path, keys: Mapping[str, tuple[type, ...]]) -> list[di
         for key, types in keys.items():
             value = row.get(key) if isinstance(row, dict) else None
             if not isinstance(value, types) or isinstance(value, bool):
-                have = f"the keys {', '.join(row)}" if isinstance(row, dict) else repr(row)[:40]
+                known = isinstance(row, dict) and key not in row
+                have = f"the keys {', '.join(row)}" if known else repr(row)[:40]
                 kinds = " or ".join(t.__name__ for t in types)
                 raise ValueError(f"{path}: {place} needs {key!r} ({kinds}); it has {have}")
     return [row for _, row in rows]

@@ -96,8 +96,8 @@ def read_synonyms(path: str | Path, pairs: Mapping[str, str] | None = None) -> S
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no table of synonyms at {path}")
-    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     try:
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
         return Synonyms.of(
             (line.split(",") for line in lines if line), _COCO_PAIRS if pairs is None else pairs
         )

@@ -8,8 +8,8 @@ Shapes: `B` rows of the answer, `L` tokens of the prompt with its padding, `T` n
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visionsel.multimodal.attention import AttentionCall, Output
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.scope import PromptScope
-from visionsel.multimodal.session import Session, open_session
+from visionsel.multimodal.session import Session, open_session, own_positions
 
 __all__ = [
     "Replay",
@@ -152,7 +152,7 @@ class Replay:
                 be read (flex, paged).
         """
         model: Any = self.model
-        with torch.no_grad(), _own_positions(model), open_session(model) as session, ExitStack() as stack:
+        with torch.no_grad(), own_positions(model), open_session(model) as session, ExitStack() as stack:
             refuse_pruned(session)
             for layer, tap in (taps or {}).items():
                 if not 0 <= layer < len(session.layers):
@@ -332,17 +332,3 @@ def _tiled(name: str, value: Any, copies: int) -> Any:
         return torch.cat([value] * copies)
     repeat = isinstance(value, list) and not name.startswith("vision_")  # vision_feature_layer: an option
     return value * copies if repeat else value
-
-
-@contextmanager
-def _own_positions(model: Any) -> Iterator[None]:
-    """Qwen models leave on themselves how far the positions of the last prompt are shifted."""
-    base = model.model
-    if not hasattr(base, "rope_deltas"):
-        yield
-        return
-    before, base.rope_deltas = base.rope_deltas, None
-    try:
-        yield
-    finally:
-        base.rope_deltas = before
