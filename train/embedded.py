@@ -38,13 +38,13 @@ class Job:
     """A model, the program that trains it and its configuration.
 
     Attributes:
-        needs: another model, which it is trained for; that one's name is the option that takes its folder.
+        needs: other models, which it is trained for; their names are the options that take their folders.
     """
 
     model: str
     program: str
     config: str
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 JOBS = (  # the longest first, so that two lanes end together
@@ -55,7 +55,8 @@ JOBS = (  # the longest first, so that two lanes end together
         Job(f"classifier_{name}", "train.shapes_classifier", name)
         for name in ("selectformer", "nat", "biformer")
     ),
-    Job("explainprune", "train.explainprune", "explainprune", needs="lvlm"),
+    Job("mask_head", "train.grounding", "mask_head", needs=("lvlm", "segmenter")),
+    Job("explainprune", "train.explainprune", "explainprune", needs=("lvlm",)),
 )
 
 
@@ -109,7 +110,7 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         futures: dict[tuple[str, int], Future[None]] = {}
         for job, folder, seed in work:
             # what is needed stands before in the queue, so that it runs or has run
-            before = futures.get((job.needs or "", seed))
+            before = [futures[need, seed] for need in job.needs if (need, seed) in futures]
             futures[job.model, seed] = lanes.submit(_train_after, before, job, folder, seed, further)
         try:
             for future in futures.values():
@@ -143,11 +144,9 @@ def train_embedded(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("missed: " + "; ".join(missed))
 
 
-def _train_after(
-    before: "Future[None] | None", job: Job, folder: Path, seed: int, options: list[str]
-) -> None:
-    if before is not None:
-        before.result()
+def _train_after(before: "list[Future[None]]", job: Job, folder: Path, seed: int, options: list[str]) -> None:
+    for future in before:
+        future.result()
     train_one(job, folder, seed, options)
 
 
@@ -173,8 +172,8 @@ def train_one(job: Job, folder: Path, seed: int, options: Sequence[str] = ()) ->
         command += ["--config", str(ROOT / "configs" / "shapes" / f"{job.config}.yaml")]
         command += ["--output", str(run), "--seed_everything", str(seed)]
         command += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        if job.needs:
-            command += [f"--model.{job.needs}", str((folder / "weights" / job.needs).resolve())]
+        for need in job.needs:
+            command += [f"--model.{need}", str((folder / "weights" / need).resolve())]
         command += options
         last, spent = run / "checkpoints" / "last.ckpt", {"seconds": 0.0, "cpu_seconds": 0.0}
         if last.is_file():

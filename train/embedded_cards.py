@@ -49,7 +49,8 @@ def write_cards(folder: Path, results: dict[int, dict[str, Any]], size: int) -> 
     """
     shipped = next(iter(results))
     for model in MODELS:
-        kind, _, name = model.partition("_")
+        name = model.removeprefix("classifier_")
+        kind, name = (model, "") if name == model else ("classifier", name)
         time = results[shipped]["times"][model]
         training = TRAINING.format(
             config=name or kind,

@@ -10,6 +10,14 @@ from visionsel.embedded.classifier import load_classifier
 from visionsel.embedded.clip import load_clip
 from visionsel.embedded.explainprune import load_predictor
 from visionsel.embedded.lvlm import load_lvlm
+from visionsel.embedded.mask_head import load_mask_head
 from visionsel.embedded.segmenter import load_segmenter
 
-__all__ = ["load_classifier", "load_clip", "load_lvlm", "load_predictor", "load_segmenter"]
+__all__ = [
+    "load_classifier",
+    "load_clip",
+    "load_lvlm",
+    "load_mask_head",
+    "load_predictor",
+    "load_segmenter",
+]

@@ -17,13 +17,21 @@ from visionsel.embedded.explainprune import load_predictor, measure_predictor
 from visionsel.embedded.files import WEIGHTS
 from visionsel.embedded.lvlm import load_lvlm
 from visionsel.embedded.lvlm_quality import generate_answers, measure_lvlm
+from visionsel.embedded.mask_head import load_mask_head, measure_mask_head
 from visionsel.embedded.segmentation_quality import measure_segmenter
 from visionsel.embedded.segmenter import load_segmenter
 
 __all__ = ["CLASSIFIERS", "GOALS", "MODELS", "Goal", "check_goals", "evaluate_embedded", "lookup"]
 
 CLASSIFIERS = ("biformer", "nat", "selectformer")
-MODELS = ("lvlm", "segmenter", *(f"classifier_{name}" for name in CLASSIFIERS), "clip", "explainprune")
+MODELS = (
+    "lvlm",
+    "segmenter",
+    *(f"classifier_{name}" for name in CLASSIFIERS),
+    "clip",
+    "explainprune",
+    "mask_head",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ GOALS = (
     Goal("segmenter.balanced.point_iou", 0.82),
     Goal("segmenter.balanced.box_iou", 0.86),
     *(Goal(f"classifier_{name}.single.top1", 0.95) for name in CLASSIFIERS),
+    Goal("mask_head.balanced.refer_iou", 0.75),
     Goal("loading.seconds", None, 3.0),
     Goal("loading.megabytes", None, 500.0),
     Goal("lvlm.caption_seconds", None, 1.0),
@@ -129,6 +138,10 @@ def evaluate_embedded(
             predictor = load_predictor(folder / name)
             some = scenes["balanced"][: max(1, size // 4)]
             results[name] = {"balanced": measure_predictor(predictor, *load_lvlm(folder / "lvlm"), some)}
+        elif name == "mask_head":
+            head = load_mask_head(folder / name, folder / "segmenter")
+            some = scenes["balanced"][: max(1, size // 4)]
+            results[name] = {"balanced": measure_mask_head(head, *load_lvlm(folder / "lvlm"), some)}
         else:
             classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
             singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)

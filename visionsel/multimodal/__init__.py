@@ -21,8 +21,16 @@ except ImportError as error:
 
 from visionsel.multimodal import evaluation
 from visionsel.multimodal.decoding import AGLA, GLC, ICD, M3ID, VCD, PAIGuidance, Ritual, TwoView
-from visionsel.multimodal.grounding import AttentionRecorder, Grounder, TokenGrid
-from visionsel.multimodal.grounding.segmenters import build_segmenter
+from visionsel.multimodal.grounding import (
+    AttentionRecorder,
+    Grounder,
+    MaskHead,
+    RoIHead,
+    SentenceAttentionBlock,
+    SentenceAttentionNet,
+    TokenGrid,
+    build_segmenter,
+)
 from visionsel.multimodal.intervention import Intervention, Stack
 from visionsel.multimodal.modulation import (
     ACT,
@@ -80,6 +88,7 @@ __all__ = [
     "HeadImportance",
     "HoloV",
     "Intervention",
+    "MaskHead",
     "PAIGuidance",
     "Paint",
     "PoolPrune",
@@ -88,6 +97,9 @@ __all__ = [
     "PyramidDrop",
     "RandomPrune",
     "Ritual",
+    "RoIHead",
+    "SentenceAttentionBlock",
+    "SentenceAttentionNet",
     "SparseVLM",
     "Stack",
     "TimmTower",

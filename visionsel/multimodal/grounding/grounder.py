@@ -15,6 +15,7 @@ from torch import nn
 
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.grounding.detect import QUESTIONS, ask_questions, find_objects
+from visionsel.multimodal.grounding.given_text import text_spans
 from visionsel.multimodal.grounding.mask_head import MaskHead
 from visionsel.multimodal.grounding.nouns import Names, find_names
 from visionsel.multimodal.grounding.promac import promac
@@ -31,7 +32,7 @@ from visionsel.multimodal.grounding.sources import (
     later,
     read_heatmap,
 )
-from visionsel.multimodal.grounding.words import word_prob
+from visionsel.multimodal.grounding.words import tokens_between, word_prob
 
 __all__ = ["Grounder"]
 
@@ -210,6 +211,38 @@ class Grounder:
                 **options,
             )
         ]
+
+    def ground_text(self, image: Any, prompt: str, text: str, spans: Sequence[tuple[int, int]]) -> list[Word]:
+        """What parts of a given text are about, read as if the model had said it (F-LMM's evaluation).
+
+        Args:
+            image: see `ask`.
+            prompt: what the text is taken to answer.
+            text: such as a true caption.
+            spans: of its parts, each the first character and one past the last.
+
+        Returns:
+            one word a part; of a part without tokens of its own the mask is empty.
+
+        Raises:
+            TypeError, ValueError: as `ask`, and for a span that is not in the text.
+            NotImplementedError: with the refinement `"promac"`.
+        """
+        self._refuse_cycle("ground_text")
+        if bad := [span for span in spans if not 0 <= span[0] < span[1] <= len(text)]:
+            raise ValueError(f"span {tuple(bad[0])} is not in a text of {len(text)} characters")
+        picture = open_upright(image)
+        reading = self._read([picture], [prompt], [text])[0]
+        places = text_spans(self.processor.tokenizer, text)[: len(reading.probs)]
+        mentions = [Mention(reading, tokens_between(places, span), picture) for span in spans]
+        words = []
+        for span, mention, (heat, proposal) in zip(
+            spans, mentions, later(self.source, mentions), strict=True
+        ):
+            part, prob = text[slice(*span)], word_prob(reading.probs, mention.tokens, self.prob)
+            known = part, tuple(span), prob, part.lower()
+            words.append(Word(*known, heat, picture, proposal, None, self.consistency))
+        return words
 
     def detect(
         self,

@@ -78,8 +78,9 @@ def read_words(
     states: list[Tensor] = []
     with _hidden_states(replay, layers, query_places(replay, row), states if hidden else None):
         image_rows(replay, see, range(len(layers)), row)
-    nothing = torch.zeros(0, len(layers), replay.image.shape[1])
-    attention = [torch.cat(maps, 1) if maps else nothing for maps in found]
+    whole = [torch.cat(maps, 1) if maps else None for maps in found]
+    nothing = next(maps for maps in whole if maps is not None)[:0]
+    attention = [nothing if maps is None else maps for maps in whole]
     if not hidden:
         return WordReadings(attention, [])
     by_token = torch.stack(states, 2)  # [B, T, layers, width]
