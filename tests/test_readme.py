@@ -24,7 +24,7 @@ def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["pruning.md"])
+@pytest.mark.parametrize("page", ["pruning.md", "grounding.md"])
 def test_the_code_of_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (README.parent / "docs" / page).read_text()

@@ -1,9 +1,9 @@
 """The `visionsel` command.
 
 `visionsel models` lists the backbones, `visionsel predict` classifies images, `visionsel generate` answers
-about an image, `visionsel data` writes data sets, `visionsel evaluate` measures models. Results go to stdout
-as text or, with `--json`, as JSON; messages go to stderr. Exit status: 0 done, 1 the input was not usable or
-a goal was missed, 2 wrong arguments.
+about an image, `visionsel ground` says where an answer is seen, `visionsel data` writes data sets, `visionsel
+evaluate` measures models. Results go to stdout as text or, with `--json`, as JSON; messages go to stderr.
+Exit status: 0 done, 1 the input was not usable or a goal was missed, 2 wrong arguments.
 """
 
 import argparse
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from visionsel import __version__
+from visionsel.cli_demo import add_demo
 from visionsel.cli_evaluate import add_evaluate
+from visionsel.cli_ground import add_ground
 from visionsel.cli_text import print_table, show_progress
 
 EPILOG = {
@@ -105,12 +107,17 @@ def _parser() -> argparse.ArgumentParser:
         help="methods that change attention or heads, such as vhr:alpha=2 or pai; several work together",
     )
     generate.add_argument(
-        "--decode", metavar="SPEC", help="a method that decodes with two views, such as vcd:alpha=1 or m3id"
+        "--decode",
+        metavar="SPEC",
+        help="a method of decoding: with two views, such as vcd:alpha=1 or m3id, or glc",
     )
     generate.add_argument("--max-new-tokens", type=int, default=64, help="of the answer (default: 64)")
     generate.add_argument("--out", type=Path, metavar="PICTURE", help="draw which patches were kept")
     generate.add_argument("--device", help="default: cuda if there is one, else cpu")
+    generate.add_argument("--dtype", help="of the weights, such as bfloat16 (default: as they are stored)")
     generate.set_defaults(run=_generate)
+
+    add_ground(verbs, common)
 
     data = verbs.add_parser("data", help="write a data set").add_subparsers(
         dest="data_set", required=True, metavar="NAME"
@@ -143,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.set_defaults(run=_data_shapes)
 
     add_evaluate(verbs, common)
+    add_demo(verbs, common)
     return parser
 
 
@@ -214,7 +222,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
-    model, processor = load_lvlm(options.model, options.device)
+    model, processor = load_lvlm(options.model, options.device, options.dtype)
     result = generate_answer(
         model,
         processor,

@@ -122,7 +122,7 @@ def test_tuning_is_passed_on_and_what_was_tried_is_told(
             tables("vhr", Tuning())
         return [{"method": "vhr", "tune": tune}]
 
-    monkeypatch.setattr("visionsel.embedded.load_lvlm", lambda: (None, None))
+    monkeypatch.setattr("visionsel.generation.load_lvlm", lambda *_: (None, None))
     monkeypatch.setattr("visionsel.embedded.hallucination_quality.evaluate_hallucination", measure)
     for flags, tuned in (([], False), (["--tune"], True)):
         assert main(["evaluate", "hallucination", "--json", *flags]) == 0

@@ -1,4 +1,6 @@
-"""Whether a model invents objects: CHAIR, POPE, AMBER and MME, and tables that say what their scores cost.
+"""Whether a model invents objects, and whether it finds what it talks about.
+
+CHAIR, POPE, AMBER and MME, with tables that say what their scores cost:
 
 from visionsel.multimodal.evaluation import amber, chair, generate_all, mme, pope, pope_task
 
@@ -8,10 +10,20 @@ pope.score(answers, labels)
 task = pope_task("val2014", "coco_pope_adversarial.json")
 rows = generate_all(model, processor, task.items, "answers.jsonl")
 task.score([row["answer"] for row in rows])
+
+RefCOCO, panoptic narratives, VizWiz, COCO, LVIS and CODA, for a `Grounder`:
+
+task = refcoco_task("refcoco", "train2014", "testA", sentences="all")
+rows = ground_all(grounder, task, "rows.jsonl")
+task.score(rows), task.protocol
 """
 
-from visionsel.multimodal.evaluation import amber, chair, files, mme, pope
+from visionsel.multimodal.evaluation import amber, chair, detection, files, mme, pope, segmentation
 from visionsel.multimodal.evaluation.answers import Item, generate_all
+from visionsel.multimodal.evaluation.detection_tasks import detection_task
+from visionsel.multimodal.evaluation.grounded import GroundingTask, ground_all
+from visionsel.multimodal.evaluation.grounding_tasks import narratives_task, refcoco_task, vizwiz_task
+from visionsel.multimodal.evaluation.labels import LabelMatcher
 from visionsel.multimodal.evaluation.report import Hallucination, amber_table, mme_table, table
 from visionsel.multimodal.evaluation.synonyms import (
     Synonyms,
@@ -29,8 +41,10 @@ from visionsel.multimodal.evaluation.tasks import (
 )
 
 __all__ = [
+    "GroundingTask",
     "Hallucination",
     "Item",
+    "LabelMatcher",
     "Synonyms",
     "Task",
     "amber",
@@ -39,15 +53,22 @@ __all__ = [
     "chair",
     "chair_task",
     "coco_synonyms",
+    "detection",
+    "detection_task",
     "files",
     "generate_all",
+    "ground_all",
     "mme",
     "mme_table",
     "mme_task",
+    "narratives_task",
     "pope",
     "pope_task",
     "read_synonyms",
+    "refcoco_task",
+    "segmentation",
     "shapes_synonyms",
     "shapes_task",
     "table",
+    "vizwiz_task",
 ]

@@ -14,16 +14,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from visionsel.files import write_json
+from visionsel.multimodal.evaluation.resume import appending, own_luck, resume_rows, settings_path
 from visionsel.multimodal.intervention import Intervention, Stack
 from visionsel.multimodal.prompts import chat_inputs, user_turn
 
@@ -111,7 +110,12 @@ def generate_all(
         "items": len(items),
         "asked": _digest(items),
     }
-    rows = _resume(path, items, said, used)
+    rows = resume_rows(
+        path,
+        [item.fields for item in items],
+        used,
+        lambda row: list(row) == [said] and isinstance(row[said], str),
+    )
     report = progress or (lambda done, total: None)
     report(len(rows), len(items))
     if len(rows) == len(items):
@@ -119,26 +123,19 @@ def generate_all(
     method = Stack(*interventions) if interventions else None
     with method(model) if method else nullcontext():
         pass  # what does not fit is found before a file is made
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(used, settings_path(path))
-    with path.open("a", encoding="utf-8", newline="\n", buffering=1) as file:
+    with appending(path, used) as add:
         for start, stop in _batches(items, batch_size):
             if stop <= len(rows):
                 continue
             limit = items[start].max_new_tokens or max_new_tokens
-            with method(model) if method else nullcontext(), _luck(model, seed, start):
+            with method(model) if method else nullcontext(), own_luck(model.device, seed, start):
                 answers = _answer(model, processor, items[start:stop], limit, temperature)
             for index in range(len(rows), stop):  # a batch that was cut is asked again as it was
                 row = {**items[index].fields, said: answers[index - start]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                add(row)
                 rows.append(row)
                 report(len(rows), len(items))
     return rows
-
-
-def settings_path(path: str | Path) -> Path:
-    """Where the settings of a file of answers are."""
-    return Path(path).with_name(f"{Path(path).name}.settings.json")
 
 
 def _check_images(items: Sequence[Item]) -> None:
@@ -166,51 +163,6 @@ def _digest(items: Sequence[Item]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _resume(
-    path: Path, items: Sequence[Item], said: str, settings: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The lines that a file has; a line that is cut off is taken out of it."""
-    content = path.read_bytes() if path.is_file() else b""
-    if not content:
-        return []
-    beside = settings_path(path)
-    if not beside.is_file():
-        raise ValueError(
-            f"{path} exists, and {beside.name} that says how it was made does not; name another file, or "
-            "delete it"
-        )
-    try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}; delete it and {path.name}") from error
-    wanted = json.loads(json.dumps(settings))
-    if found != wanted:
-        keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-        differences = "; ".join(f"{key} {found.get(key)!r}, now {wanted.get(key)!r}" for key in keys)
-        raise ValueError(
-            f"{path} was made with other settings: {differences}. Name another file, or delete it and "
-            f"{beside.name}"
-        )
-    whole = content.rfind(b"\n") + 1
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(content[:whole].decode("utf-8").split("\n")[:-1]):
-        try:
-            row = json.loads(line)
-            assert number < len(items)
-            assert isinstance(row.pop(said), str)
-            assert row == json.loads(json.dumps(dict(items[number].fields)))
-        except (ValueError, AssertionError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: line {number + 1} is not the answer to item {number + 1} of {len(items)}; the file "
-                f"was changed: delete it and {beside.name}, or name another"
-            ) from error
-        rows.append(json.loads(line))
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return rows
-
-
 def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, int]]:
     """Items in a row with one limit, at most `size`."""
     start = 0
@@ -222,14 +174,6 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[int, int]]:
             stop += 1
         yield start, stop
         start = stop
-
-
-@contextmanager
-def _luck(model: Any, seed: int, start: int) -> Iterator[None]:
-    """Random numbers that belong to a batch; those of the caller go on as they were."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0]))
-        yield
 
 
 @torch.inference_mode()

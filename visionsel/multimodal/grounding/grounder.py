@@ -240,7 +240,7 @@ class Grounder:
             spans, mentions, later(self.source, mentions), strict=True
         ):
             part, prob = text[slice(*span)], word_prob(reading.probs, mention.tokens, self.prob)
-            known = part, tuple(span), prob, part.lower()
+            known = part, (span[0], span[1]), prob, part.lower()
             words.append(Word(*known, heat, picture, proposal, None, self.consistency))
         return words
 
