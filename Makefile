@@ -44,10 +44,11 @@ timm-suite: $(READY)  ## timm's own model tests, at the installed version, on ev
 embedded: $(READY)  ## train the shipped small models again from seed and compare (about an hour on two cores)
 	$(BIN)/python -m train.embedded --output runs/embedded
 
-bench: $(READY)  ## paired timings of the operators, the models and the pruners
+bench: $(READY)  ## paired timings of the operators, the models, the pruners and the recorder
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.pruning
+	$(BIN)/python -m benchmarks.grounding
 
 clean:  ## remove the environment and everything that was made
 	rm -rf $(VENV) $(OLDEST) quickstart runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

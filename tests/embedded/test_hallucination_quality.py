@@ -36,7 +36,6 @@ NO_OPS: dict[str, dict[str, Any]] = {
     "agla": {"alpha": 0.0, "view": dict},
     "pai_guidance": {"gamma": 1.0},
     "glc": {"w": 0.0},
-    "glc": {"w": 0.0},
 }
 
 

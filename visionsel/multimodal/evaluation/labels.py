@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionsel.multimodal.shipped import shipped
+
 __all__ = ["LabelMatcher", "Match", "encode_texts", "exact_names", "load_text_model", "similar_labels"]
 
 Match = tuple[Any, float]
@@ -172,10 +174,7 @@ def load_text_model(spec: str, device: str | None = None) -> tuple[Any, Callable
         RuntimeError: for a model or weights that open_clip does not know.
     """
     if spec == "embedded":
-        from importlib import import_module
-
-        # found when it is asked for: the models that ship stand a floor above
-        model, _, own = import_module("visionsel.embedded").load_clip()
+        model, _, own = shipped("load_clip")
         return model.to(device or "cpu"), own
     name, _, weights = spec.partition(":")
     if not weights:

@@ -7,7 +7,6 @@ for each the proposals of all rounds.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib import import_module
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -23,6 +22,7 @@ from visionsel.multimodal.grounding.proposals import KINDS, Heat, Proposal, best
 from visionsel.multimodal.grounding.reading import Method, ReadBatch, Reading
 from visionsel.multimodal.grounding.segmenters import Segmenter
 from visionsel.multimodal.intervention import parse
+from visionsel.multimodal.shipped import shipped
 
 __all__ = ["FromAttention", "FromHead", "Mention", "Source", "later", "read_heatmap"]
 
@@ -183,8 +183,8 @@ def read_heatmap(heatmap: Any) -> Method | MaskHead:
         TypeError: for what is neither text nor callable.
         ValueError: for an unknown method or hyperparameter.
     """
-    if heatmap == HEAD:  # the one that ships stands a floor above
-        head: MaskHead = import_module("visionsel.embedded.mask_head").load_mask_head()
+    if heatmap == HEAD:
+        head: MaskHead = shipped("load_mask_head")
         return head
     if isinstance(heatmap, str):
         return cast(Method, parse(heatmap, HEATMAPS))

@@ -1,6 +1,5 @@
 """`build_segmenter`: a segmenter from a name or from a model."""
 
-from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,6 +12,7 @@ from visionsel.multimodal.grounding.segmenters.sam import SamSegmenter
 from visionsel.multimodal.grounding.segmenters.sam2 import Sam2Segmenter
 from visionsel.multimodal.grounding.segmenters.sam3 import Sam3Segmenter
 from visionsel.multimodal.grounding.segmenters.segmenter import Segmenter
+from visionsel.multimodal.shipped import shipped
 
 __all__ = ["build_segmenter"]
 
@@ -70,8 +70,7 @@ def build_segmenter(
     if not isinstance(spec, str):
         model, adapter = spec, _adapter(spec)
     elif spec == "embedded":
-        # found when it is asked for: the models that ship stand a floor above
-        model, adapter = import_module("visionsel.embedded").load_segmenter(), SamSegmenter
+        model, adapter = shipped("load_segmenter"), SamSegmenter
     elif kind == "sam" and name:
         model, adapter = _load_sam(name, checkpoint), SamSegmenter
     elif kind == "hf" and name:
