@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart test test-oldest lint timm-suite embedded bench clean
+.PHONY: help quickstart demo test test-oldest lint timm-suite embedded bench clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -14,11 +14,14 @@ help:  ## list the verbs
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable ".[multimodal,train,dev]"
+	$(BIN)/python -m pip install --editable ".[multimodal,train,demo,dev]"
 	@touch $@
 
 quickstart: $(READY)  ## train three backbones on real digits, caption and segment scenes, draw it all (a few minutes)
 	$(BIN)/python -m train.quickstart --output quickstart
+
+demo: $(READY)  ## the three demos in a browser, on this machine alone
+	$(BIN)/visionsel demo
 
 test: $(READY) lint  ## lint, timm's own tests on the smallest of each architecture, then all our tests
 	$(BIN)/python -m tests.timm_suite --smallest

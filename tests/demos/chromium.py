@@ -1,0 +1,163 @@
+"""A headless Chromium for tests, driven over a pipe by its own protocol; nothing else is needed."""
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Chromium", "find_chromium"]
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
+).split()
+
+
+def find_chromium() -> str | None:
+    """The program; None where there is none."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Chromium:
+    """One page.
+
+    Attributes:
+        errors: what the console said of errors, and exceptions of the page.
+        addresses: of all requests.
+    """
+
+    def __init__(self, program: str, folder: Path, width: int, height: int = 900, dark: bool = False) -> None:
+        commands, self._out = os.pipe()
+        self._in, answers = os.pipe()
+
+        def wire() -> None:  # Chromium reads commands from 3 and writes answers to 4
+            keep = os.dup(commands), os.dup(answers)
+            os.dup2(keep[0], 3)
+            os.dup2(keep[1], 4)
+
+        arguments = [program, *QUIET, "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+        self._process = subprocess.Popen(
+            arguments,
+            preexec_fn=wire,
+            close_fds=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._buffer, self._number, self._session = b"", 0, None
+        self.errors: list[str] = []
+        self.addresses: list[str] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.send("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+
+    def send(self, method: str, **parameters: Any) -> Any:
+        """Send a command and wait for its result; what is told in between is noted."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            told = self._read(end)
+            if told.get("id") == self._number:
+                if "error" in told:
+                    raise RuntimeError(f"{method}: {told['error']}")
+                return told["result"]
+            self._note(told)
+        raise TimeoutError(f"{method} has no result")
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page."""
+        told = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in told:
+            raise RuntimeError(f"{script}: {told['exceptionDetails']}")
+        return told["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 90) -> Any:
+        """The value of an expression as soon as it is true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := self.run(script):
+                return value
+            time.sleep(0.2)
+        raise TimeoutError(f"never true: {script}")
+
+    def click(self, element: str, across: float = 0.5) -> None:
+        """Click on what an expression gives, at a share of its width."""
+        self.wait(f"!!({element})")
+        self.run(f"({element}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        where = (
+            f"(() => {{ const b = ({element}).getBoundingClientRect(); "
+            f"return [b.left + {across} * b.width, b.top + b.height / 2]; }})()"
+        )
+        place, before = self.run(where), None
+        while place != before:  # pictures that arrive move what is below them
+            time.sleep(0.5)
+            place, before = self.run(where), place
+        x, y = place
+        for kind, button, held in (
+            ("mouseMoved", "none", 0),
+            ("mousePressed", "left", 1),
+            ("mouseReleased", "left", 0),
+        ):
+            at = {"x": x, "y": y, "button": button, "buttons": held}
+            self.send("Input.dispatchMouseEvent", type=kind, clickCount=held or 1, **at)
+
+    def download(self, folder: Path, press: Callable[[], None]) -> Path:
+        """The file that a press of something brings."""
+        page, self._session = self._session, None
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self._session = page
+        before = set(folder.iterdir())
+        press()
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            new = [path for path in set(folder.iterdir()) - before if path.suffix != ".crdownload"]
+            if new and not new[0].name.startswith("."):
+                return new[0]
+            time.sleep(0.2)
+        raise TimeoutError("nothing was downloaded")
+
+    def close(self) -> None:
+        """End the browser."""
+        self._process.terminate()
+        self._process.wait(30)
+        os.close(self._out)
+        os.close(self._in)
+
+    def _read(self, end: float) -> Any:
+        while b"\0" not in self._buffer:
+            if not select.select([self._in], [], [], max(0, end - time.monotonic()))[0]:
+                return {}
+            piece = os.read(self._in, 1 << 16)
+            if not piece:
+                raise RuntimeError("Chromium ended")
+            self._buffer += piece
+        one, self._buffer = self._buffer.split(b"\0", 1)
+        return json.loads(one)
+
+    def _note(self, told: Any) -> None:
+        method, about = told.get("method"), told.get("params", {})
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(str(about["exceptionDetails"]))
+        elif method == "Log.entryAdded" and about["entry"]["level"] == "error":
+            self.errors.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
+        elif method == "Runtime.consoleAPICalled" and about["type"] == "error":
+            self.errors.append(str(about["args"]))
+        elif method == "Network.requestWillBeSent":
+            self.addresses.append(about["request"]["url"])
