@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli", "with_cosine"]
+__all__ = ["EndlessCLI", "RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli", "with_cosine"]
 
 
 class RunCLI(LightningCLI):
@@ -156,6 +156,52 @@ class RunCLI(LightningCLI):
             # the callbacks that the checkpoint names belong to training
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             return getattr(self.trainer, verb)(weights_only=True, **kwargs)
+
+
+class EndlessCLI(RunCLI):
+    """A program whose data has no test split: it fits and validates, and goes on with checkpoints of its own.
+
+    Subclasses set, beside `monitor`:
+
+    Attributes:
+        program: its name, for messages.
+        fixed: hyperparameters that a checkpoint must have been trained with as they are given.
+        marks: further ones by which a checkpoint of the program is known.
+        seeded: arguments that take the seed of the run.
+    """
+
+    program = ""
+    fixed: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    seeded: tuple[str, ...] = ("data.seed",)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Two of Lightning's verbs."""
+        verbs = RunCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed of the run is that of all that draws."""
+        super().add_arguments_to_parser(parser)
+        for target in self.seeded:
+            parser.link_arguments("seed_everything", target)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another program, or of one with other hyperparameters."""
+        if not self.resumed:
+            if self.subcommand != "fit":
+                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
+            return
+        path = self._get(self.config, "ckpt_path")
+        given = self.model.hparams
+        trained = self.checkpoint.pop("hyper_parameters", {})
+        if "state_dict" not in self.checkpoint or not {*self.fixed, *self.marks} <= set(trained):
+            raise ValueError(f"{path} is not a checkpoint of {self.program}")
+        for name in self.fixed:
+            if trained[name] != given[name]:
+                raise ValueError(f"{path} was trained with {name} {trained[name]!r}, not {given[name]!r}")
+        del self.checkpoint
 
 
 class WeightEMA(EMAWeightAveraging):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, pixel_shuffle
 from torch.optim.lr_scheduler import LambdaLR
 
-from train.cli import RunCLI, WeightEMA, brief, read_checkpoint, run_cli
+from train.cli import EndlessCLI, WeightEMA, brief, read_checkpoint, run_cli
 from train.clip_data import CLASSES, ClipData, pairs_present, truth_of_phrases
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import COLORS, SHAPES
@@ -345,19 +345,14 @@ def export_clip(checkpoint: str | Path, folder: str | Path | None = None) -> Pat
     return save_clip(model, trained["config"], folder)
 
 
-class ClipCLI(RunCLI):
+class ClipCLI(EndlessCLI):
     """The command line."""
 
     monitor = "val/score"
+    seeded = ("data.seed", "model.seed")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(ClipTraining, ClipData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """There is no end of scenes: a test is a validation."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
 
     def after_fit(self) -> None:
         """Write the last checkpoint as `load_clip` reads it, where the run has our checkpoints."""
@@ -370,8 +365,6 @@ class ClipCLI(RunCLI):
         super().add_arguments_to_parser(parser)
         for name in ("image_size", "grid"):
             parser.link_arguments(f"data.{name}", f"model.{name}")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another model, and texts that the model does not take."""

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.cli import RunCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli, with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.shapes import CAPTION_PROMPT, Sample
 from visionsel.embedded import load_lvlm
@@ -166,41 +165,15 @@ class ExplainPruneTraining(LightningModule):
         return with_cosine(optimizer, self.trainer, hparams["warmup_steps"])
 
 
-class ExplainPruneCLI(RunCLI):
+class ExplainPruneCLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/kept_relevance"
+    program = "train.explainprune"
+    fixed = ("width", "depth", "kernel")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(ExplainPruneTraining, AnswerData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Scenes are endless: there is no test split, and nothing to predict."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed of the data is that of the run."""
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("seed_everything", "data.seed")
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another predictor."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        given = self.model.hparams
-        trained = self.checkpoint.pop("hyper_parameters", {})
-        names = ("width", "depth", "kernel")
-        if "state_dict" not in self.checkpoint or not set(names) <= set(trained):
-            raise ValueError(f"{path} is not a checkpoint of train.explainprune")
-        for name in names:
-            if trained[name] != given[name]:
-                raise ValueError(f"{path} was trained with {name} {trained[name]}, not {given[name]}")
-        del self.checkpoint
 
     def after_fit(self) -> None:
         """Write the predictor."""

@@ -20,12 +20,11 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from train.cli import RunCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli, with_cosine
 from train.grounding_data import Text, WordData
 from visionsel.data.shapes import CAPTION_PROMPT
 from visionsel.embedded import load_lvlm, load_segmenter
@@ -224,41 +223,15 @@ def _load_sam(segmenter: str | None, checkpoint: str | None) -> nn.Module:
     return load_segmenter(segmenter)
 
 
-class MaskHeadCLI(RunCLI):
+class MaskHeadCLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/refer_iou"
+    program = "train.grounding"
+    fixed = ("refine", "views", "row", "merge", "base", "stages", "convolutions", "groups", "min_side")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(MaskHeadTraining, WordData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """`visionsel.embedded.mask_head.measure_mask_head` is the test."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed of the data is that of the run."""
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("seed_everything", "data.seed")
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another head."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        given = self.model.hparams
-        trained = self.checkpoint.pop("hyper_parameters", {})
-        names = ("refine", "views", "row", "merge", "base", "stages", "convolutions", "groups", "min_side")
-        if "state_dict" not in self.checkpoint or not set(names) <= set(trained):
-            raise ValueError(f"{path} is not a checkpoint of train.grounding")
-        for name in names:
-            if trained[name] != given[name]:
-                raise ValueError(f"{path} was trained with {name} {trained[name]}, not {given[name]}")
-        del self.checkpoint
 
     def after_fit(self) -> None:
         """Write the head."""

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.cli import RunCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli, with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.shapes import Sample
 from visionsel.data.shapes.language import box_to_answer
@@ -258,40 +257,16 @@ def _shares(attention: Tensor) -> Tensor:
     return attention / attention.amax(1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
 
 
-class RoICLI(RunCLI):
+class RoICLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/iou"
+    program = "train.grounding_roi"
+    fixed = ("start", "number")
+    marks = ("foreground",)
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(RoITraining, LocateData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Scenes are endless: there is no test split, and nothing to predict."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed of the data is that of the run."""
-        super().add_arguments_to_parser(parser)
-        parser.link_arguments("seed_everything", "data.seed")
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of other layers."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        given = self.model.hparams
-        trained = self.checkpoint.pop("hyper_parameters", {})
-        if "state_dict" not in self.checkpoint or not {"start", "number", "foreground"} <= set(trained):
-            raise ValueError(f"{path} is not a checkpoint of train.grounding_roi")
-        for name in ("start", "number"):
-            if trained[name] != given[name]:
-                raise ValueError(f"{path} was trained with {name} {trained[name]}, not {given[name]}")
-        del self.checkpoint
 
     def after_fit(self) -> None:
         """Write the head."""

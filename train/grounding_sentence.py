@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.cli import RunCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli, with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import Sample
@@ -249,42 +248,16 @@ class SentenceTraining(LightningModule):
         return with_cosine(optimizer, self.trainer, hparams["warmup_steps"])
 
 
-class SentenceCLI(RunCLI):
+class SentenceCLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/iou"
+    program = "train.grounding_sentence"
+    fixed = ("backbone", "backbone_args", "out_indices", "sentences", "hidden")
+    seeded = ("data.seed", "model.seed")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(SentenceTraining, AnswerMaskData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The masks of the test split are not published, and scenes are endless."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed of data and dropout is that of the run."""
-        super().add_arguments_to_parser(parser)
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another net."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        given = self.model.hparams
-        trained = self.checkpoint.pop("hyper_parameters", {})
-        names = ("backbone", "backbone_args", "out_indices", "sentences", "hidden")
-        if "state_dict" not in self.checkpoint or not set(names) <= set(trained):
-            raise ValueError(f"{path} is not a checkpoint of train.grounding_sentence")
-        for name in names:
-            if trained[name] != given[name]:
-                raise ValueError(f"{path} was trained with {name} {trained[name]!r}, not {given[name]!r}")
-        del self.checkpoint
 
     def after_fit(self) -> None:
         """Write the net."""

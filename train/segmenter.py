@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
 
-from train.cli import RunCLI, WeightEMA, run_cli, with_cosine
+from train.cli import EndlessCLI, WeightEMA, run_cli, with_cosine
 from train.shapes_data import VALIDATION_SEED, ShapesStreamData
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import Sample
@@ -290,40 +290,21 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-class SegmenterCLI(RunCLI):
+class SegmenterCLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/point_iou"
+    program = "train.segmenter"
+    fixed = ("sam",)
+    seeded = ("data.seed", "model.seed")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(SegmenterTraining, PromptData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """`visionsel.embedded.segmentation_quality.measure_segmenter` is the test."""
-        verbs = RunCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What model and data share."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("data.image_size", "model.image_size")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another model."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        trained = self.checkpoint.pop("hyper_parameters", {}).get("sam")
-        if trained is None or "state_dict" not in self.checkpoint:
-            raise ValueError(f"{path} is not a checkpoint of this program")
-        if trained != self.model.hparams["sam"]:
-            raise ValueError(f"{path} was trained with sam {trained}, not {self.model.hparams['sam']}")
-        del self.checkpoint
 
     def after_fit(self) -> None:
         """Write the model, of averaged weights where there is an average, for `load_segmenter`."""
