@@ -13,7 +13,7 @@ Shapes: `B` batch, `q` queries and `k` keys of a call, `t` rows in question, `n`
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from visionsel.multimodal.attention import AttentionCall, Output, attention_logits
-from visionsel.multimodal.cache import cache_of, seen_tokens
+from visionsel.multimodal.cache import cache_of, notes_of, seen_tokens
 from visionsel.multimodal.intervention import Intervention
 from visionsel.multimodal.scope import PromptScope
 from visionsel.multimodal.session import Session
@@ -51,6 +51,10 @@ class Prompt:
     chosen: Tensor | None = None
     marks: dict[int, Tensor] = field(default_factory=dict)
     changed: dict[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.visual)
 
     def rows(self, index: Tensor) -> "Prompt":
         """The same for other rows of the batch."""
@@ -190,11 +194,11 @@ class RowEditor:
         chosen = self.choose(scope) if self.choose is not None and pictured else None
         prompt = Prompt(scope.visual, final, pictured, chosen)
         if cache is not None:
-            _prompts(cache)[self.method] = prompt
+            notes_of(cache)[self.method] = prompt
         return prompt
 
     def _find(self, cache: Cache | None) -> Prompt:
-        prompt: Prompt | None = getattr(cache, "prompts", {}).get(self.method)
+        prompt: Prompt | None = getattr(cache, "notes", {}).get(self.method)
         if prompt is None:
             raise NotImplementedError(
                 f"the prompt in this cache was not read under {self.method}, which must know where its "
@@ -355,36 +359,3 @@ def _correct(
         after = torch.where(changed, edited.to(weights.dtype), before)
         weights = weights.index_copy(2, rows.index, after)
     return out, weights
-
-
-def _prompts(cache: Cache) -> dict[Intervention, Prompt]:
-    """What methods know of the prompt in a cache; it follows when the rows of the cache move."""
-    following: Any = cache
-    if not hasattr(following, "prompts"):
-        following.__class__ = _following(following.__class__)
-        following.prompts = {}
-    prompts: dict[Intervention, Prompt] = following.prompts
-    return prompts
-
-
-@lru_cache
-def _following(kind: Any) -> Any:
-    """A kind of cache whose `prompts` have the rows that the cache has."""
-
-    def moved(name: str, rows: Callable[[Tensor, Any], Tensor]) -> Callable[..., Any]:
-        def method(self: Any, argument: Any) -> None:
-            getattr(kind, name)(self, argument)
-            for key, prompt in self.prompts.items():
-                every = torch.arange(len(prompt.visual), device=prompt.visual.device)
-                self.prompts[key] = prompt.rows(rows(every, argument))
-
-        return method
-
-    methods = {
-        "reorder_cache": moved("reorder_cache", lambda every, index: index),
-        "batch_select_indices": moved("batch_select_indices", lambda every, index: index),
-        "batch_repeat_interleave": moved(
-            "batch_repeat_interleave", lambda every, repeats: every.repeat_interleave(repeats)
-        ),
-    }
-    return type(kind.__name__, (kind,), methods)
