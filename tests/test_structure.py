@@ -19,7 +19,18 @@ MULTIMODAL = {
     "shipped": 0,
     "families": 1,
     **dict.fromkeys(
-        ("attention", "cache", "scope", "session", "tower", "dropping", "intervention", "sinks"), 2
+        (
+            "attention",
+            "cache",
+            "scope",
+            "session",
+            "tower",
+            "dropping",
+            "intervention",
+            "sinks",
+            "head_presets",
+        ),
+        2,
     ),
     **dict.fromkeys(("pruning", "modulation", "decoding", "evaluation", "grounding"), 3),
 }

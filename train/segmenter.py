@@ -28,12 +28,12 @@ from torch.utils.data import DataLoader
 
 from train.cli import EndlessCLI, WeightEMA, run_cli, with_cosine
 from train.shapes_data import VALIDATION_SEED, ShapesStreamData
+from visionsel.boxes import mask_boxes
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import Sample
 from visionsel.embedded.segmentation_quality import (
     Targets,
     collect_targets,
-    find_boxes,
     intersection_over_union,
     pick_best,
     pick_errors,
@@ -196,7 +196,7 @@ class SegmenterTraining(LightningModule):
     def _ask(self, embeddings: Tensor, masks: Tensor, owners: Tensor, by_box: bool) -> tuple[Tensor, Tensor]:
         """Loss of each prompt, mean over the rounds, and IoU after the first round: `[P]` both."""
         device, size = masks.device, masks.shape[1:]
-        boxes = _jitter(find_boxes(masks), self.hparams["box_jitter"], size) if by_box else None
+        boxes = _jitter(mask_boxes(masks), self.hparams["box_jitter"], size) if by_box else None
         pixels = torch.empty(len(owners), 0, 2, device=device)
         labels = torch.empty(len(owners), 0, device=device)
         answer: Tensor | None = None

@@ -8,10 +8,10 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
+from visionsel.boxes import mask_boxes
 from visionsel.data.shapes import ShapesWorld
 from visionsel.embedded.segmentation_quality import (
     collect_targets,
-    find_boxes,
     find_centers,
     measure_segmenter,
     pick_best,
@@ -53,7 +53,7 @@ def targets():
 
 def test_the_decoder_of_many_images_answers_as_sam_predictor_does(sam, targets) -> None:
     predictor, draws = SamPredictor(sam), torch.rand(len(targets.owners))
-    points, boxes = pick_pixels(targets.masks, draws)[:, None], find_boxes(targets.masks)
+    points, boxes = pick_pixels(targets.masks, draws)[:, None], mask_boxes(targets.masks)
     inside = torch.ones(len(points), 1)
     others, outside = pick_pixels(~targets.masks, draws)[:, None], torch.zeros(len(points), 1)
     pairs = torch.cat([points, others], 1), torch.cat([inside, outside], 1)
@@ -101,7 +101,7 @@ def test_the_measured_ious_are_those_of_sam_predictor(sam, targets) -> None:
         assert ious["point"][index].item() == pytest.approx(iou(masks[best], mask), abs=2e-3)
         single, _, _ = predictor.predict(points[index][None], label, multimask_output=False)
         assert ious["single"][index].item() == pytest.approx(iou(single[0], mask), abs=2e-3)
-        box, _, _ = predictor.predict(box=find_boxes(targets.masks)[index].numpy(), multimask_output=False)
+        box, _, _ = predictor.predict(box=mask_boxes(targets.masks)[index].numpy(), multimask_output=False)
         assert ious["box"][index].item() == pytest.approx(iou(box[0], mask), abs=2e-3)
         said = torch.from_numpy(masks[best])[None]
         second, kind = pick_errors(said, targets.masks[index : index + 1], draws[index : index + 1, 1])
@@ -147,7 +147,7 @@ def test_samples_that_cannot_be_measured_are_refused(sam) -> None:
 
 def test_boxes_are_those_of_the_objects(targets) -> None:
     expected = [o.box for sample in WORLD for o in sample.objects]
-    assert find_boxes(targets.masks).tolist() == [list(map(float, box)) for box in expected]
+    assert mask_boxes(targets.masks).tolist() == [list(map(float, box)) for box in expected]
 
 
 def test_pixels_lie_in_the_mask_and_every_one_can_be_drawn() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d
 
+from visionsel.boxes import mask_boxes
 from visionsel.data.shapes import Sample
 from visionsel.embedded.segmenter import decode_prompts
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Targets",
     "collect_targets",
-    "find_boxes",
     "find_centers",
     "intersection_over_union",
     "measure_segmenter",
@@ -101,16 +101,6 @@ def _coordinates(positions: Tensor, width: int) -> Tensor:
     return torch.stack([positions % width, positions // width], 1).float()
 
 
-def find_boxes(masks: Tensor) -> Tensor:
-    """`[P, H, W]` -> (x0, y0, x1, y1) `[P, 4]`, as `ShapeObject.box`: the last two are one past the end."""
-    sides = []
-    for axis in (1, 2):  # over rows is x, over columns is y
-        filled = masks.any(axis).to(torch.uint8)
-        sides.append((filled.argmax(1), filled.shape[1] - filled.flip(1).argmax(1)))
-    (x0, x1), (y0, y1) = sides
-    return torch.stack([x0, y0, x1, y1], 1).float()
-
-
 def upscale(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits `[P, M, h, w]` at the image's size `[P, M, H, W]`, as `Sam.postprocess_masks` does."""
     if logits.shape[-2:] == tuple(size):
@@ -159,7 +149,7 @@ def prompt_ious(sam: nn.Module, targets: Targets, draws: Tensor) -> dict[str, Te
 
     center = find_centers(masks)[:, None]
     ious["center"] = iou(pick_best(*decode_prompts(sam, embeddings, owners, points=(center, inside))))
-    logits, _ = decode_prompts(sam, embeddings, owners, boxes=find_boxes(masks))
+    logits, _ = decode_prompts(sam, embeddings, owners, boxes=mask_boxes(masks))
     ious["box"] = iou(logits[:, :1])
 
     second, label = pick_errors(upscale(chosen, size)[:, 0] > 0, masks, draws[:, 1])

@@ -20,11 +20,21 @@ from visionsel.multimodal.families import find_family
 from visionsel.multimodal.families.family import Encoded
 from visionsel.multimodal.scope import PromptScope
 
-__all__ = ["Session", "open_session", "own_positions", "session_of"]
+__all__ = ["Session", "input_names", "open_session", "own_positions", "session_of"]
 
 _OPEN: dict[int, "Session"] = {}
 _LOCK = threading.Lock()
 _ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
+_NOT_INPUTS = {
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "labels",
+    "logits_to_keep",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
 Attend = Callable[[AttentionCall, Callable[[AttentionCall], Output]], Output]
 
 
@@ -327,6 +337,11 @@ class Session:
 
     def _project(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._projected = args[0].detach()
+
+
+def input_names(model: nn.Module) -> set[str]:
+    """The arguments of a model's forward that a prompt consists of, and not how it is to be run."""
+    return set(inspect.signature(model.forward).parameters) - _NOT_INPUTS
 
 
 @contextmanager

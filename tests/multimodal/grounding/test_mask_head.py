@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, interpolate, max_pool2d
 
 from tests.multimodal.grounding.heatmaps.eager import NEW, TOLERANCE, case
+from visionsel.boxes import mask_boxes
 from visionsel.data.shapes import CAPTION_PROMPT, ShapesWorld
 from visionsel.embedded import load_lvlm, load_mask_head, load_segmenter
 from visionsel.embedded.mask_head import caption_spans, measure_mask_head, word_tokens
@@ -18,7 +19,7 @@ from visionsel.multimodal.families.family import View
 from visionsel.multimodal.grounding import Replay, TokenGrid
 from visionsel.multimodal.grounding.flmm_checkpoint import flmm_names, load_flmm_checkpoint
 from visionsel.multimodal.grounding.mask_head import MaskHead, MaskHeadConfig, describe_model, to_pixels
-from visionsel.multimodal.grounding.sam_refiner import SAMRefiner, mask_boxes
+from visionsel.multimodal.grounding.sam_refiner import SAMRefiner
 from visionsel.multimodal.grounding.unet import UNet
 from visionsel.multimodal.grounding.word_features import answer_replay, grid_maps, read_words, refer_replay
 from visionsel.multimodal.prompts import chat_texts

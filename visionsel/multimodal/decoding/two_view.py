@@ -27,7 +27,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from visionsel.multimodal.cache import cache_of, seen_tokens
 from visionsel.multimodal.intervention import Intervention
-from visionsel.multimodal.session import Session
+from visionsel.multimodal.session import Session, input_names
 
 __all__ = [
     "TwoView",
@@ -42,16 +42,6 @@ __all__ = [
 
 Combine = Callable[[Tensor, Tensor, int], Tensor]
 View = Callable[[dict[str, Any]], dict[str, Any]]
-_NOT_INPUTS = {
-    "cache",
-    "past_key_values",
-    "use_cache",
-    "labels",
-    "logits_to_keep",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-}
 _FOREIGN = {  # what chooses tokens in its own way, and when it is not asked to
     "assistant_model": None,
     "prompt_lookup_num_tokens": None,
@@ -183,7 +173,7 @@ class Views:
 
     def _processor(self, given: dict[str, Any]) -> "_SecondView":
         """Make the second view of what the user passed."""
-        known = set(inspect.signature(self._session.model.forward).parameters) - _NOT_INPUTS
+        known = input_names(self._session.model)
         inputs = {name: value for name, value in given.items() if name in known and value is not None}
         if given.get("inputs") is not None:
             inputs.setdefault("input_ids", given["inputs"])

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from visionsel.boxes import mask_boxes
 from visionsel.files import whole_file
 from visionsel.multimodal.families.family import View
 from visionsel.multimodal.grounding.grid import TokenGrid
 from visionsel.multimodal.grounding.mask_head_config import MaskHeadConfig, describe_model
 from visionsel.multimodal.grounding.replay import Replay
-from visionsel.multimodal.grounding.sam_refiner import SAMRefiner, mask_boxes
+from visionsel.multimodal.grounding.sam_refiner import SAMRefiner
 from visionsel.multimodal.grounding.unet import UNet
 from visionsel.multimodal.grounding.word_features import Words, fine_view, grid_maps, read_words
 

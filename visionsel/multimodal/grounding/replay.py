@@ -7,7 +7,6 @@ replay has the rows that predicted them.
 Shapes: `B` rows of the answer, `L` tokens of the prompt with its padding, `T` new tokens.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from visionsel.multimodal.attention import AttentionCall, Output
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.scope import PromptScope
-from visionsel.multimodal.session import Session, open_session, own_positions
+from visionsel.multimodal.session import Session, input_names, open_session, own_positions
 
 __all__ = [
     "Replay",
@@ -32,16 +31,6 @@ __all__ = [
 ]
 
 Tap = Callable[[AttentionCall], None]
-_NOT_INPUTS = {
-    "cache",
-    "past_key_values",
-    "use_cache",
-    "labels",
-    "logits_to_keep",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Replay:
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any], generated: Any) -> None:
         family, device = find_family(model), cast(torch.device, model.device)
-        known = set(inspect.signature(model.forward).parameters) - _NOT_INPUTS
+        known = input_names(model)
         given = {name: value for name, value in inputs.items() if name in known and value is not None}
         if inputs.get("inputs") is not None:  # the name that generate() has for it
             given.setdefault("input_ids", inputs["inputs"])

@@ -25,6 +25,7 @@ from visionsel.files import whole_file, write_json
 from visionsel.multimodal.attention import AttentionCall, Output, tapped
 from visionsel.multimodal.families import find_family
 from visionsel.multimodal.grounding.replay import Replay
+from visionsel.multimodal.head_presets import describe_model, written_out
 from visionsel.multimodal.session import open_session, session_of
 
 __all__ = ["RoIHead", "read_prompt"]
@@ -82,7 +83,7 @@ class RoIHead(nn.Module):
         for name, parameter in self.attention.named_parameters():
             parameter.requires_grad_(not name.startswith(_UNUSED))
         self.train()  # the model may be in evaluation mode
-        self.about = _described(model)
+        self.about = describe_model(model)
         names = {id(module): name for name, module in model.named_modules()}
         self.modules_copied = [names[id(layer)] for layer in layers[start : start + number]]
 
@@ -123,9 +124,9 @@ class RoIHead(nn.Module):
             and positions as the model makes them.
         """
         model = replay.model
-        if _described(model) != self.about:
+        if (here := describe_model(model)) != self.about:
             raise ValueError(
-                f"this head was made of {_words(self.about)}; the model is {_words(_described(model))}"
+                f"this head was made of {written_out(self.about)}; the model is {written_out(here)}"
             )
         if replay.copies != 1:
             raise NotImplementedError(
@@ -240,9 +241,9 @@ class RoIHead(nn.Module):
             state = load_file(folder / WEIGHTS)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} holds no RoIHead, or its files are broken: {error}") from error
-        if about != _described(model):
+        if about != (here := describe_model(model)):
             raise ValueError(
-                f"the head in {folder} was made of {_words(about)}; this is {_words(_described(model))}"
+                f"the head in {folder} was made of {written_out(about)}; this is {written_out(here)}"
             )
         head = cls(model, start, number)
         if copied != head.modules_copied:
@@ -310,19 +311,3 @@ def _like(value: Any, weight: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value.to(weight) if value.is_floating_point() else value.to(weight.device)
     return tuple(_like(one, weight) for one in value) if isinstance(value, tuple) else value
-
-
-def _described(model: nn.Module) -> dict[str, Any]:
-    """What tells models apart whose layers cannot stand for each other."""
-    config: Any = cast(Any, find_family(model).decoder(model)).config
-    return {
-        "type": cast(Any, model).config.model_type,
-        "decoder": config.model_type,
-        "layers": int(config.num_hidden_layers),
-        "heads": int(config.num_attention_heads),
-        "width": int(config.hidden_size),
-    }
-
-
-def _words(about: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in about.items())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visionsel.multimodal.grounding.segmenters.canvas import Canvas
 
-__all__ = ["SAMRefiner", "mask_boxes"]
+__all__ = ["SAMRefiner"]
 
 
 class SAMRefiner(nn.Module):
@@ -118,20 +118,6 @@ class SAMRefiner(nn.Module):
         fine = decoder.output_upscaling(seen.transpose(1, 2).unflatten(2, source.shape[-2:]))
         kernel = decoder.output_hypernetworks_mlps[0](tokens[:, 1])
         return (kernel[:, None] @ fine.flatten(2)).unflatten(2, fine.shape[-2:])[:, 0]
-
-
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Boxes around masks, bool `[N, H, W]`: float32 (x0, y0, x1, y1) `[N, 4]`, the last one past the end.
-
-    An empty mask has the box of the whole image: it says nothing about where to look.
-    """
-    masks = masks | ~masks.flatten(1).any(1)[:, None, None]
-    sides = []
-    for axis in (1, 2):  # over rows is x, over columns is y
-        filled = masks.any(axis).to(torch.uint8)
-        sides.append((filled.argmax(1), filled.shape[1] - filled.flip(1).argmax(1)))
-    (x0, x1), (y0, y1) = sides
-    return torch.stack([x0, y0, x1, y1], 1).float()
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from visionsel.data.shapes import CAPTION_PROMPT, SHAPES
 from visionsel.files import write_json
+from visionsel.multimodal.head_presets import ABOUT, describe_model, preset_file, refuse_other_model
 from visionsel.multimodal.intervention import Intervention
-from visionsel.multimodal.modulation.heads import head_shape, scaled_heads
+from visionsel.multimodal.modulation.heads import scaled_heads
 from visionsel.multimodal.modulation.pointing import Pointing, pointing
 from visionsel.multimodal.modulation.samples import generate_captions, object_name
 from visionsel.multimodal.session import Session, open_session
@@ -34,7 +35,6 @@ from visionsel.multimodal.session import Session, open_session
 __all__ = ["GroundingHeads", "invention"]
 
 PRESETS = Path(__file__).parent / "grounding_presets"
-_MODEL = ("type", "decoder", "layers", "heads", "width")
 Score = Callable[[Sequence[str], Sequence[Any]], Mapping[str, float]]
 Heads = dict[int, list[int]]
 
@@ -67,11 +67,8 @@ class GroundingHeads(Intervention):
         """
         if not 0 < self.strength < float("inf"):
             raise ValueError(f"strength must be a positive number, got {self.strength!r}; 1 changes nothing")
-        if self.model is not None and dict(self.model) != (here := _described(session)):
-            raise ValueError(
-                f"these heads are of another model: {_words(self.model)}; this one is {_words(here)}. Find "
-                "its own with GroundingHeads.calibrate"
-            )
+        if self.model is not None:
+            refuse_other_model(self.model, session.model, "GroundingHeads.calibrate")
         with scaled_heads(session, self.heads, self.strength) as chosen:
             yield chosen
 
@@ -101,8 +98,8 @@ class GroundingHeads(Intervention):
             content = json.loads(Path(path).read_text())
             heads = {int(layer): [int(head) for head in chosen] for layer, chosen in content["heads"].items()}
             about = content.get("model")
-            if about is not None and set(about) != set(_MODEL):
-                raise ValueError(f"of the model it must say {', '.join(_MODEL)}")
+            if about is not None and set(about) != set(ABOUT):
+                raise ValueError(f"of the model it must say {', '.join(ABOUT)}")
             found = cls(heads, float(content["strength"]), content.get("report"), about)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no preset of heads: {error}") from error
@@ -122,13 +119,7 @@ class GroundingHeads(Intervention):
         Raises:
             ValueError: for a name that there is not.
         """
-        known = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
-        if name not in known:
-            raise ValueError(
-                f"no preset of heads is called {name!r}; there are {', '.join(known)}. For another model "
-                "find heads with GroundingHeads.calibrate, save and load them"
-            )
-        return cls.load(known[name])
+        return cls.load(preset_file(PRESETS, name, "GroundingHeads.calibrate"))
 
     @classmethod
     def calibrate(
@@ -204,7 +195,7 @@ class GroundingHeads(Intervention):
             "samples": [len(even), len(odd)],
         }
         with open_session(model) as session:
-            return cls(heads, strength, report, _described(session))
+            return cls(heads, strength, report, describe_model(session.model))
 
     def table(self) -> str:
         """The report for reading: a line each for the baseline, the chosen heads and the control.
@@ -261,19 +252,6 @@ def _choose(
             f"lowering recall by more than {recall_loss}; leave the model as it is, or try another strength"
         )
     return _together(chosen), trials
-
-
-def _described(session: Session) -> dict[str, Any]:
-    """What tells models apart whose heads mean different things."""
-    layers, heads = head_shape(session)
-    config: Any = session.model.config
-    decoder: Any = session.decoder.config
-    values = (config.model_type, decoder.model_type, layers, heads, int(decoder.hidden_size))
-    return dict(zip(_MODEL, values, strict=True))
-
-
-def _words(model: Mapping[str, Any]) -> str:
-    return "{type} with a {decoder} of {layers} layers, {heads} heads a layer, width {width}".format(**model)
 
 
 def _together(heads: Sequence[tuple[int, int]]) -> Heads:

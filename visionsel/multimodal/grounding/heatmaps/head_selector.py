@@ -26,17 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from visionsel.files import write_json
-from visionsel.multimodal.families import find_family
 from visionsel.multimodal.grounding.heatmaps.rows import decoder_layers, image_rows, image_views
 from visionsel.multimodal.grounding.heatmaps.sinks import SinkFilter, sink_columns, without_sinks
 from visionsel.multimodal.grounding.heatmaps.spatial import bend, fills_bottom, spatial_entropy
 from visionsel.multimodal.grounding.replay import Replay
+from visionsel.multimodal.head_presets import ABOUT, describe_model, preset_file, refuse_other_model
 from visionsel.multimodal.prompts import chat_inputs, user_turn
 
 __all__ = ["HeadSelector", "HeadStatistics", "head_statistics", "order_heads"]
 
 PRESETS = Path(__file__).parent / "head_presets"
-_MODEL = ("type", "decoder", "layers", "heads", "width")
 Head = tuple[int, int]
 
 
@@ -168,7 +167,7 @@ class HeadSelector:
             raise ValueError(
                 "no head passes: the maps of all that look at the image are flat or fill the bottom row"
             )
-        return cls(found, tau, len(entropy), top, _described(model))
+        return cls(found, tau, len(entropy), top, describe_model(model))
 
     def best(self, k: int = 3) -> tuple[Head, ...]:
         """Layer and head of those that were counted most often; of equal ones the lower comes first.
@@ -186,12 +185,7 @@ class HeadSelector:
         Raises:
             ValueError: for it.
         """
-        here = _described(model)
-        if dict(self.model) != here:
-            raise ValueError(
-                f"these heads are of another model: {_words(self.model)}; this one is {_words(here)}. Find "
-                "its own with HeadSelector.fit"
-            )
+        refuse_other_model(self.model, model, "HeadSelector.fit")
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all."""
@@ -220,7 +214,7 @@ class HeadSelector:
         try:
             content = json.loads(Path(path).read_text())
             counts = tuple((int(layer), int(head), int(count)) for layer, head, count in content["heads"])
-            about = {name: content["model"][name] for name in _MODEL}
+            about = {name: content["model"][name] for name in ABOUT}
             if not counts or not all(
                 0 <= layer < about["layers"] and 0 <= head < about["heads"] for layer, head, _ in counts
             ):
@@ -250,13 +244,7 @@ class HeadSelector:
         Raises:
             ValueError: for a name that there is not.
         """
-        known = {path.stem: path for path in sorted(PRESETS.glob("*.json"))}
-        if name not in known:
-            raise ValueError(
-                f"no preset of heads is called {name!r}; there are {', '.join(known)}. For another model "
-                "find heads with HeadSelector.fit, save and load them"
-            )
-        return cls.load(known[name])
+        return cls.load(preset_file(PRESETS, name, "HeadSelector.fit"))
 
 
 def head_statistics(replay: Replay, without: Tensor | None = None) -> HeadStatistics:
@@ -292,20 +280,3 @@ def order_heads(sums: Tensor, entropy: Tensor, tau: float) -> list[Head]:
     entropy = entropy.masked_fill(sums < tau, torch.inf).flatten()
     order = entropy.argsort(stable=True).tolist()
     return [divmod(place, sums.shape[1]) for place in order if float(entropy[place]) < torch.inf]
-
-
-def _described(model: nn.Module) -> dict[str, Any]:
-    """What tells models apart whose heads mean different things."""
-    decoder: Any = cast(Any, find_family(model).decoder(model)).config
-    values = (
-        cast(Any, model).config.model_type,
-        decoder.model_type,
-        int(decoder.num_hidden_layers),
-        int(decoder.num_attention_heads),
-        int(decoder.hidden_size),
-    )
-    return dict(zip(_MODEL, values, strict=True))
-
-
-def _words(model: Mapping[str, Any]) -> str:
-    return "{type} with a {decoder} of {layers} layers, {heads} heads a layer, width {width}".format(**model)
