@@ -77,23 +77,11 @@ def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", metavar="METHOD", help="modulators and two-view decoders (default: all)"
     )
     hallucination.add_argument(
-        "--size", type=int, default=200, help="scenes of each seed (default: 200, some minutes)"
-    )
-    hallucination.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        metavar="SEED",
-        help="of the scenes; several give mean and range (default: 0)",
-    )
-    hallucination.add_argument(
         "--tune",
         action="store_true",
         help="measure each method at its best setting too, chosen on other scenes (takes much longer)",
     )
-    hallucination.add_argument("--device", help="default: cuda if there is one, else cpu")
-    hallucination.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    _add_scenes(hallucination, 200)
     hallucination.set_defaults(run=_evaluate_hallucination)
 
     grounding = evaluate.add_parser(
@@ -104,9 +92,22 @@ def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     grounding.add_argument("--methods", nargs="+", metavar="METHOD", help="heatmaps (default: all)")
     grounding.add_argument(
-        "--size", type=int, default=60, help="scenes of each seed (default: 60, some minutes)"
+        "--ensembles",
+        action="store_true",
+        help="detect with ten questions and the quarters of each image (takes ten times as long)",
     )
-    grounding.add_argument(
+    _add_scenes(grounding, 60)
+    grounding.set_defaults(run=_evaluate_grounding)
+    add_grounding(evaluate, common)
+    add_benchmarks(evaluate, common)
+
+
+def _add_scenes(parser: argparse.ArgumentParser, size: int) -> None:
+    """On which scenes a table is made, and where it goes."""
+    parser.add_argument(
+        "--size", type=int, default=size, help=f"scenes of each seed (default: {size}, some minutes)"
+    )
+    parser.add_argument(
         "--seeds",
         nargs="+",
         type=int,
@@ -114,16 +115,8 @@ def add_evaluate(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="SEED",
         help="of the scenes; several give mean and range (default: 0)",
     )
-    grounding.add_argument(
-        "--ensembles",
-        action="store_true",
-        help="detect with ten questions and the quarters of each image (takes ten times as long)",
-    )
-    grounding.add_argument("--device", help="default: cuda if there is one, else cpu")
-    grounding.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    grounding.set_defaults(run=_evaluate_grounding)
-    add_grounding(evaluate, common)
-    add_benchmarks(evaluate, common)
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
 
 
 def _evaluate_embedded(options: argparse.Namespace) -> None:

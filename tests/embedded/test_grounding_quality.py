@@ -46,21 +46,23 @@ def test_a_row_has_the_measures_of_every_expression(
     assert row["setting"].startswith("Mean(layers=(2,)")
     assert (row["kind"], row["seeds"], row["size"]) == ("attention", "5 7", 1)
     grounder = Grounder(*lvlm, "embedded", "mean:layers=(2,)", names=SHAPES)
-    means: dict[str, list[float]] = {"g_iou": [], "c_iou": [], "pointing": [], "energy": []}
+    means: dict[str, list[float]] = {name: [] for name in ("g_iou", "c_iou", "exact", "pointing", "energy")}
     expressions = 0
     for seed in SEEDS:
-        shared, united, hits, energy = [], [], [], []
+        shared, united, on, hits, energy = [], [], [], [], []
         for scene in ShapesWorld("balanced", seed, 1):
             for one in scene.expressions:
                 word, truth = grounder.refer(scene.image, one.text), scene.objects[one.object].mask
                 shared.append((word.mask & truth).sum())
                 united.append((word.mask | truth).sum())
                 y, x = np.unravel_index(word.heatmap.argmax(), (64, 64))
+                on.append(truth[y, x])
                 ys, xs = np.nonzero(truth)
                 hits.append(min((ys - y) ** 2 + (xs - x) ** 2) <= 4)
                 energy.append(word.heatmap[truth].sum() / word.heatmap.sum())
         means["g_iou"].append(np.mean(np.divide(shared, united)))
         means["c_iou"].append(sum(shared) / sum(united))
+        means["exact"].append(np.mean(on))
         means["pointing"].append(np.mean(hits))
         means["energy"].append(np.mean(energy))
         expressions += len(shared)

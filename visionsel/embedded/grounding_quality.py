@@ -5,10 +5,10 @@ know nothing of the model: random points, the centre of the image, random boxes.
 `mask_head`, which saw other scenes.
 
 Referring expressions: mean IoU, cIoU, the share above an IoU of 0.5, and of the heatmap, without the
-segmenter, whether its peak lies on the object or two pixels from it (the pointing game; the original takes 15
-on images of some 480) and how much of it lies on the object (energy). Open-ended detection: AP and recall of
-the boxes of what the description names. The numbers compare methods on small scenes; they do not predict
-those of large models.
+segmenter, whether its peak lies on the object (exact), there or two pixels from it (pointing; the original
+game takes 15 on images of some 480), and how much of it lies on the object (energy). Open-ended detection: AP
+and recall of the boxes of what the description names. The numbers compare methods on small scenes; they do
+not predict those of large models.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ MEASURES = {
     "g_iou": "mIoU",
     "c_iou": "cIoU",
     "precision_50": "P@50",
+    "exact": "exact",
     "pointing": "pointing",
     "energy": "energy",
     "ap_50": "AP50",
@@ -183,7 +184,7 @@ def _measure(
     from visionsel.multimodal.evaluation.resume import own_luck
 
     asked = [(scene, one) for scene in scenes for one in scene.expressions]
-    overlaps, peaks, shares = [], [], []
+    overlaps, exact, peaks, shares = [], [], [], []
     found: list[dict[str, Any]] = []
     with own_luck(grounder.model.device, seed):
         pairs = iter(asked)
@@ -192,6 +193,7 @@ def _measure(
             for word, (scene, one) in zip(words, part, strict=True):
                 truth, heatmap = scene.objects[one.object].mask, word.heatmap
                 overlaps.append(segmentation.overlap(word.mask, truth))
+                exact.append(segmentation.peak_inside(heatmap, truth))
                 peaks.append(segmentation.peak_inside(heatmap, truth, TOLERANCE))
                 shares.append(segmentation.energy_inside(heatmap, truth))
         options: dict[str, Any] = {} if ensembles else {"questions": CAPTION_PROMPT, "crops": False}
@@ -206,6 +208,7 @@ def _measure(
     return {
         **{name: scores[name] for name in ("g_iou", "c_iou", "precision_50")},
         "expressions": len(asked),
+        "exact": sum(exact) / len(exact),
         "pointing": sum(peaks) / len(peaks),
         "energy": sum(shares) / len(shares),
         "ap_50": boxes["ap_50"],
