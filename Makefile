@@ -14,7 +14,7 @@ help:  ## list the verbs
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable ".[multimodal,train,demo,dev]"
+	$(BIN)/python -m pip install --editable ".[multimodal,train,export,demo,docs,dev]"
 	@touch $@
 
 quickstart: $(READY)  ## train three backbones on real digits, caption and segment scenes, draw it all (a few minutes)
