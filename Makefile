@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart demo test test-oldest lint timm-suite embedded bench clean
+.PHONY: help quickstart demo test test-oldest lint timm-suite embedded bench pictures docs clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -17,7 +17,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --editable ".[multimodal,train,export,demo,docs,dev]"
 	@touch $@
 
-quickstart: $(READY)  ## train three backbones on real digits, caption and segment scenes, draw it all (a few minutes)
+quickstart: $(READY)  ## train three backbones on real digits; one page of captions, grounding, pruning, hallucination (a few minutes)
 	$(BIN)/python -m train.quickstart --output quickstart
 
 demo: $(READY)  ## the three demos in a browser, on this machine alone
@@ -53,5 +53,12 @@ bench: $(READY)  ## paired timings of the operators, the models, the pruners and
 	$(BIN)/python -m benchmarks.pruning
 	$(BIN)/python -m benchmarks.grounding
 
+docs: $(READY)  ## the documentation as a site, in site/
+	$(BIN)/python -m mkdocs build --strict
+
+pictures: $(READY)  ## draw the pictures of the README and the docs again (the demo's needs Chromium)
+	$(BIN)/python -m benchmarks.pictures
+	$(BIN)/python -m tests.demos.screenshot
+
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) $(OLDEST) quickstart runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) quickstart runs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

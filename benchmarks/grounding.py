@@ -1,4 +1,4 @@
-"""What it costs to know where a model looked: `python -m benchmarks.grounding`.
+"""What it costs to know where a model looked: `visionsel bench grounding`.
 
 For a LLaVA of realistic width with random weights and a prompt of several images: `generate()` by itself, and
 with an `AttentionRecorder`, in turn. `online` takes the rows while tokens are generated, `replay` (the
@@ -6,37 +6,37 @@ default) reads prompt and answer once more. What the recorder holds in the end s
 `output_attentions` of the eager kernel would hold for the prompt alone.
 """
 
-import argparse
-from pathlib import Path
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.paired import compare, report
+from benchmarks import paired
+from benchmarks import run as run_program
 from benchmarks.pruning import GRID, random_inputs, random_llava
 from visionsel.multimodal import AttentionRecorder
 
+__all__ = ["measure", "tables"]
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=768, help="width of the decoder (default: 768)")
-    parser.add_argument("--layers", type=int, default=12, help="of the decoder (default: 12)")
-    parser.add_argument("--images", type=int, default=5, help="of 576 tokens each (default: 5)")
-    parser.add_argument("--text-tokens", type=int, default=70)
-    parser.add_argument("--new-tokens", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/grounding.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+
+def measure(
+    *,
+    hidden: int,
+    layers: int,
+    images: int,
+    text_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    device: str | torch.device,
+    say: Callable[[str], None] = paired.quiet,
+) -> dict[str, Any]:
+    """Times, and the bytes that each way keeps."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = random_llava(options.hidden, options.layers, 2).eval().to(device)
-    given = random_inputs(options.images, options.text_tokens, 1)
+    model = random_llava(hidden, layers, 2).eval().to(device)
+    given = random_inputs(images, text_tokens, 1)
     inputs = {name: value.to(device) for name, value in given.items()}
-    said: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.new_tokens, "min_new_tokens": 1}
+    said: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": 1}
     kept: dict[str, int] = {}
 
     def plain() -> torch.Tensor:
@@ -45,15 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     def recorded(mode: str, **chosen: Any) -> torch.Tensor:
         with AttentionRecorder(model, mode=mode, **chosen) as recorder:
             out = model.generate(**inputs, **said)
-        name = f"{mode} 1 layer" if chosen else mode
-        kept[name] = recorder.attentions.nbytes
+        kept[f"{mode} 1 layer" if chosen else mode] = recorder.attentions.nbytes
         return out
 
-    middle = (options.layers // 2,)
+    middle = (layers // 2,)
     length = inputs["input_ids"].shape[1]
-    case = f"{length} tokens + {options.new_tokens}"
+    case = f"{length} tokens + {new_tokens}"
+    say(f"{case}: 5 variants, {rounds} rounds")
     with torch.inference_mode():
-        timings = compare(
+        timings = paired.compare(
             case,
             {
                 "generate": lambda: plain().float(),
@@ -62,15 +62,21 @@ def main(arguments: list[str] | None = None) -> None:
                 "replay": lambda: recorded("replay").float(),
                 "replay 1 layer": lambda: recorded("replay", layers=middle).float(),
             },
-            options.rounds,
+            rounds,
         )
-    report(timings, options.out)
     heads = model.config.text_config.num_attention_heads
-    whole = options.layers * heads * length**2 * 4
-    for name, size in kept.items():
-        print(f"{name}: {size / 1e6:.2f} MB kept ({options.images * GRID * GRID} columns); ", end="")
-        print(f"all attention of the prompt: {whole / 1e6:.0f} MB")
+    kept["all attention of the prompt"] = layers * heads * length**2 * 4
+    return paired.found(timings, columns=images * GRID * GRID, bytes=kept)
+
+
+def tables(found: dict[str, Any]) -> list[paired.Table]:
+    """The times, and what is held."""
+    rows = [[name, f"{size / 1e6:.2f}"] for name, size in found["bytes"].items()]
+    return [
+        *paired.tables(found),
+        (f"held in the end, of {found['columns']} columns:", ["what", "MB"], rows),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("grounding"))

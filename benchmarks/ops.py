@@ -1,20 +1,22 @@
-"""The operators against their plain references, in turn: `python -m benchmarks.ops [--rounds 7]`.
+"""The operators against their plain references, in turn: `visionsel bench ops [--rounds 7]`.
 
 The reference restates the method as its paper does, so the ratio says what the formulation is worth, on this
 machine, at the map sizes of a 224 image. Training means forward and backward of all inputs and tables.
 """
 
-import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.paired import Timing, compare, report
+from benchmarks import run as run_program
+from benchmarks.paired import Timing, compare, found, quiet, tables
 from visionsel import ops
+
+__all__ = ["cases", "measure", "tables"]
 
 
 def neighborhood(
@@ -98,26 +100,21 @@ def train(call: Callable[..., Tensor], inputs: list[Tensor], backend: str) -> Te
     return torch.cat([g.flatten() for g in torch.autograd.grad(out.sum(), leaves)])
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/ops.json"))
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def measure(
+    *, rounds: int, batch: int, device: str | torch.device, say: Callable[[str], None] = quiet
+) -> dict[str, Any]:
+    """All cases, forward and training."""
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     timings: list[Timing] = []
-    for name, (call, inputs) in cases(options.batch).items():
+    measured = list(cases(batch).items())
+    for number, (name, (call, inputs)) in enumerate(measured, 1):
+        say(f"[{number}/{len(measured)}] {name}")
         inputs = [x.to(device) for x in inputs]
         for mode, run in {"forward": forward, "training": train}.items():
             functions: dict[str, Any] = {b: partial(run, call, inputs, b) for b in ("reference", "auto")}
-            timings += compare(f"{name}, {mode}", functions, options.rounds)
-    report(timings, options.out)
+            timings += compare(f"{name}, {mode}", functions, rounds)
+    return found(timings)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("ops"))

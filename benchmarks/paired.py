@@ -4,16 +4,16 @@ The machine's speed drifts; a ratio of two things timed one after the other does
 process stand beside wall seconds, since a wall clock also counts what other programs do.
 """
 
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+Table = tuple[str, list[str], list[list[str]]]  # a line above it, the header, the rows
 
 
 @dataclass
@@ -93,24 +93,37 @@ def _repeats(function: Callable[[], Any], target_seconds: float = 0.05) -> int:
     return max(1, min(100, round(target_seconds / max(seconds, 1e-6))))
 
 
-def report(timings: list[Timing], path: Path) -> None:
-    """Print the table and write it with the machine's particulars as JSON, under a temporary name first."""
-    width = max(len(t.case) for t in timings)
-    print(f"{'case':{width}}  {'what':12}  {'ms':>9}  {'cpu ms':>9}  {'speed-up':>8}  {'spread':>13}")
-    for t in timings:
-        spread = f"{t.speedup_min:.2f}..{t.speedup_max:.2f}"
-        print(
-            f"{t.case:{width}}  {t.name:12}  {t.milliseconds:9.2f}  {t.cpu_milliseconds:9.2f}  "
-            f"{t.speedup:7.2f}x  {spread:>13}"
-        )
-    machine = {
+def quiet(text: str) -> None:
+    """What programs tell about their steps where nobody listens."""
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers are of."""
+    return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"machine": machine, "timings": [asdict(t) for t in timings]}, indent=2))
-    partial.replace(path)
-    print(f"\nwritten to {path}")
+
+
+def found(timings: list[Timing], **more: Any) -> dict[str, Any]:
+    """What a program found, as values of JSON."""
+    return {"machine": machine(), "timings": [asdict(timing) for timing in timings], **more}
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The timings of `found`."""
+    header = ["case", "what", "ms", "cpu ms", "speed-up", "spread"]
+    rows = [
+        [
+            timing["case"],
+            timing["name"],
+            f"{timing['milliseconds']:.2f}",
+            f"{timing['cpu_milliseconds']:.2f}",
+            f"{timing['speedup']:.2f}x",
+            f"{timing['speedup_min']:.2f}..{timing['speedup_max']:.2f}",
+        ]
+        for timing in found["timings"]
+    ]
+    return [("", header, rows)]

@@ -1,4 +1,4 @@
-"""What pruning saves, in turn with the unpruned model: `python -m benchmarks.pruning [--methods fastv dart]`.
+"""What pruning saves, in turn with the unpruned model: `visionsel bench pruning [--methods fastv dart]`.
 
 For a LLaVA of realistic width with random weights (`--hidden`, `--layers`), or any model (`--model FOLDER`):
 the time of the decoder's prefill, to the first token and for each later token, per method and budget, beside
@@ -10,18 +10,16 @@ Two rows say what the hooks themselves cost: `hooks` keeps every token, and `hoo
 attention as well; both do everything but drop. Their ratio should be 1.
 """
 
-import argparse
-import platform
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
-from visionsel.files import write_json
+from benchmarks import run as run_program
+from benchmarks.paired import Table, machine, quiet
 from visionsel.multimodal.intervention import Intervention, method_name
 from visionsel.multimodal.prompts import chat_texts
 from visionsel.multimodal.pruning import PRUNERS
@@ -32,17 +30,18 @@ from visionsel.multimodal.pruning.measure import measure_in_turn
 from visionsel.multimodal.pruning.random import RandomPrune
 from visionsel.multimodal.pruning.report import Report
 
-METHODS = ("random", "fastv", "pyramiddrop", "visionzip")  # one of each place and signal
+__all__ = ["measure", "random_inputs", "random_llava", "tables"]
+
 GRID, PATCH = 24, 14  # an image is 24 x 24 tokens, as in LLaVA-1.5
 IMAGE_TOKEN, VOCABULARY = 1000, 1024
-WIDTHS = {
-    "flops_ratio": 6,
-    "cache_ratio": 6,
-    "decoder_cpu_ratio": 11,
-    "decoder_ratio": 6,
-    "ratio": 16,
-    "token_cpu_ratio": 9,
-    "token_ratio": 6,
+RATIOS = {
+    "flops_ratio": "FLOPs",
+    "cache_ratio": "cache",
+    "decoder_cpu_ratio": "decoder CPU",
+    "decoder_ratio": "wall",
+    "ratio": "first token wall",
+    "token_cpu_ratio": "token CPU",
+    "token_ratio": "wall",
 }
 
 
@@ -103,12 +102,10 @@ def load(folder: str, images: int, text: int, batch: int) -> tuple[Any, dict[str
 
 
 def variants(
-    methods: list[str], keeps: list[float], config: Any
+    methods: Sequence[str], keeps: Sequence[float], config: Any
 ) -> dict[tuple[str, float | None], Intervention]:
     """The pruners to compare, by name and budget, for a decoder of this configuration."""
     known = {method_name(kind): kind for kind in PRUNERS}
-    if unknown := [name for name in methods if name not in known]:
-        raise SystemExit(f"no method is called {', '.join(unknown)}; there are {', '.join(known)}")
     # time does not depend on what a net has learnt
     more = {"explainprune": {"predictor": RelevancePredictor(config.num_attention_heads)}}
     found: dict[tuple[str, float | None], Intervention] = {
@@ -136,42 +133,88 @@ def compare(
     return [Row(tokens, *key, repr(pruners[key]), reports[name]) for name, key in names.items()]
 
 
-def show(rows: list[Row]) -> None:
-    """Print a table for one prompt."""
-    report = rows[0].report
-    times = [report.decoder_cpu_seconds, report.decoder_seconds, report.seconds]
-    print(f"\n{rows[0].visual_tokens} image tokens, without pruning: prefill of the decoder", end=" ")
-    print(
-        "{:.0f} ms CPU, {:.0f} ms wall; first token {:.0f} ms wall".format(
-            *(1e3 * t.full for t in times if t)
+def tables(found: dict[str, Any]) -> list[Table]:
+    """One a prompt."""
+    made: list[Table] = []
+    for tokens in dict.fromkeys(row["image_tokens"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["image_tokens"] == tokens]
+        clocks = ("full_decoder_cpu_seconds", "full_decoder_seconds", "full_seconds")
+        title = (
+            "{} image tokens, without pruning: prefill of the decoder {:.0f} ms CPU, {:.0f} ms wall; ".format(
+                tokens, *(1e3 * rows[0][clock] for clock in clocks[:2])
+            )
         )
-    )
-    header = f"{'method':18}  {'keep':>5}  {'tokens':>7}  {'FLOPs':>6}  {'cache':>6}"
-    header += f"  {'decoder CPU':>11}  {'wall':>6}  {'first token wall':>16}  {'token CPU':>9}  {'wall':>6}"
-    print(header)
-    for row in rows:
-        values = row.report.to_dict()
-        keep = "-" if row.keep is None else f"{row.keep:g}"
-        line = f"{row.method:18}  {keep:>5}  {values['equivalent_tokens']:7.1f}"
-        for name, width in WIDTHS.items():
-            line += f"  {values[name]:{width}.3f}" if values.get(name) is not None else f"  {'-':>{width}}"
-        print(line)
+        title += f"first token {1e3 * rows[0][clocks[2]]:.0f} ms wall"
+        cells = [
+            [
+                row["method"],
+                "-" if row["keep"] is None else f"{row['keep']:g}",
+                f"{row['equivalent_tokens']:.1f}",
+                *("-" if row.get(name) is None else f"{row[name]:.3f}" for name in RATIOS),
+            ]
+            for row in rows
+        ]
+        made.append((title, ["method", "keep", "tokens", *RATIOS.values()], cells))
+    return made
 
 
-def write(rows: list[Row], options: argparse.Namespace, model: nn.Module) -> None:
-    """Everything as JSON."""
-    content = {
-        "machine": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "options": {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
-        },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+def measure(
+    *,
+    model: str | None,
+    hidden: int,
+    layers: int,
+    tower_layers: int,
+    visual_tokens: Sequence[int],
+    text_tokens: int,
+    batch: int,
+    methods: Sequence[str],
+    keep: Sequence[float],
+    new_tokens: int,
+    rounds: int,
+    device: str | torch.device,
+    dtype: str,
+    say: Callable[[str], None] = quiet,
+) -> dict[str, Any]:
+    """All methods and budgets on prompts of each length.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    options = {name: value for name, value in locals().items() if name != "say"}
+    torch.manual_seed(0)
+    precision = getattr(torch, dtype)
+    known = [method_name(kind) for kind in PRUNERS]
+    chosen = known if list(methods) == ["all"] else list(methods)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no method is called {', '.join(unknown)}; there are {', '.join(known)}, or all")
+    rows: list[Row] = []
+    net: Any = None
+    if model is None:
+        torch.set_default_dtype(precision)  # made where it runs: billions of weights take a while to move
+        try:
+            with torch.device(device):
+                net = random_llava(hidden, layers, tower_layers)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for number, tokens in enumerate(visual_tokens, 1):
+        images = max(1, round(tokens / GRID**2))
+        if model is not None:
+            net, inputs = load(model, images, text_tokens, batch)
+        else:
+            inputs = random_inputs(images, text_tokens, batch)
+        net = net.to(device, precision).eval()
+        inputs = {
+            key: value.to(device, precision if value.is_floating_point() else None)
+            for key, value in inputs.items()
+        }
+        pruners = variants(chosen, keep, net.config.get_text_config())
+        name = f"{tokens} image tokens: {len(pruners) + 1} variants, {rounds} rounds"
+        say(f"[{number}/{len(visual_tokens)}] {name}")
+        rows += compare(net, inputs, pruners, rounds, new_tokens)
+    return {
+        "machine": {**machine(), "transformers": transformers.__version__},
+        "options": {**options, "device": str(device)},
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "rows": [
             {
                 "image_tokens": row.visual_tokens,
@@ -183,61 +226,7 @@ def write(rows: list[Row], options: argparse.Namespace, model: nn.Module) -> Non
             for row in rows
         ],
     }
-    write_json(content, options.out)
-    print(f"\nwritten to {options.out}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="a folder of transformers (default: random weights)")
-    parser.add_argument("--hidden", type=int, default=768, help="width of the decoder (default: 768)")
-    parser.add_argument("--layers", type=int, default=12, help="of the decoder (default: 12)")
-    parser.add_argument("--tower-layers", type=int, default=2, help="of the vision tower (default: 2)")
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[576, 2880])
-    parser.add_argument("--text-tokens", type=int, default=75)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument(
-        "--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}; or: all"
-    )
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.11])
-    parser.add_argument("--new-tokens", type=int, default=8, help="generated after the first; 0 for none")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/pruning.json"))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    methods = [method_name(kind) for kind in PRUNERS] if options.methods == ["all"] else list(options.methods)
-    dtype = getattr(torch, options.dtype)
-    rows: list[Row] = []
-    model: Any = None
-    if not options.model:
-        torch.set_default_dtype(dtype)  # made where it runs: billions of weights take a while to move
-        with torch.device(options.device):
-            model = random_llava(options.hidden, options.layers, options.tower_layers)
-        torch.set_default_dtype(torch.float32)
-    for tokens in options.visual_tokens:
-        images = max(1, round(tokens / GRID**2))
-        if options.model:
-            model, inputs = load(options.model, images, options.text_tokens, options.batch)
-        else:
-            inputs = random_inputs(images, options.text_tokens, options.batch)
-        model = model.to(options.device, dtype).eval()
-        inputs = {
-            key: value.to(options.device, dtype if value.is_floating_point() else None)
-            for key, value in inputs.items()
-        }
-        pruners = variants(methods, options.keep, model.config.get_text_config())
-        print(f"{tokens} image tokens: {len(pruners) + 1} variants, {options.rounds} rounds", file=sys.stderr)
-        found = compare(model, inputs, pruners, options.rounds, options.new_tokens)
-        show(found)
-        rows += found
-    write(rows, options, model)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("pruning"))

@@ -55,7 +55,7 @@ def example_gallery(image: gr.Image, sessions: Any, first: Sequence[int] = ()) -
     """
     shown = [scenes()[number] for number in first] or list(scenes())
     gallery = gr.Gallery(
-        [scene.image for scene in shown],
+        [(scene.image, scene.caption) for scene in shown],  # read aloud, and not shown
         label="Examples",
         columns=6,
         rows=1,

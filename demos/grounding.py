@@ -34,7 +34,12 @@ def grounding_tab(models: Models, sessions: Sessions) -> None:
     with gr.Row(elem_classes="halves"):
         with gr.Column(scale=5, min_width=300):
             image = inputs.image_input(
-                label="Image", value=scenes()[0].image, sources=["upload", "webcam", "clipboard"], height=300
+                label="Image",
+                value=scenes()[0].image,
+                sources=["upload", "webcam", "clipboard"],
+                height=300,
+                alt_text="The image to ask about",
+                elem_id="asked",
             )
             example_gallery(image, sessions)
             question = gr.Textbox(CAPTION_PROMPT, label="Question", lines=1, max_lines=4, max_length=None)
@@ -54,7 +59,10 @@ def grounding_tab(models: Models, sessions: Sessions) -> None:
                 elem_id="answer",
                 buttons=[],
             )
-            told = gr.HTML(hint("Ask, then click any word of the answer."), elem_id="word")
+            told = gr.HTML(
+                hint("Ask, then choose any word of the answer: click, or arrow keys and Enter."),
+                elem_id="word",
+            )
             with gr.Row():
                 overlay = gr.Image(
                     label="Mask, box and name",
@@ -283,7 +291,7 @@ def _shown(session: Session, found: Grounding) -> tuple[Any, ...]:
     return (
         pieces,
         said,
-        overlay,
+        gr.Image(value=overlay, alt_text=f"The image with masks: {_named(objects) or 'none'}"),
         None,
         gr.DownloadButton(value=overlay, interactive=True),
         gr.DownloadButton(value=str(export), interactive=True),
@@ -296,14 +304,15 @@ def _word(session: Session, found: Grounding, word: Word) -> tuple[Any, ...]:
     overlay = _save(session, "grounded.png", found, _with_masks([word]))
     path = session.path("heatmap.png")
     word.plot(_scale(found)).save(path)
+    mask = gr.Image(value=overlay, alt_text=f"The image with a mask: {_named([word]) or 'none'}")
+    heat = gr.Image(value=str(path), alt_text=f"Where the model looked as it said {word.text!r}")
     facts = {"probability": f"{word.prob:.2f}", "score": f"{word.score:.2f}"}
     if word.box is None:
         facts["mask"] = "nothing stands out"
     else:
-        x0, y0, x1, y1 = word.box
-        facts["box"] = f"{x0}, {y0} to {x1}, {y1}"
+        facts["box"] = _corners(word)
         facts["points"] = str(len(word.points))
-    return hint(word.text, facts), overlay, str(path), gr.DownloadButton(value=overlay, interactive=True)
+    return hint(word.text, facts), mask, heat, gr.DownloadButton(value=overlay, interactive=True)
 
 
 def _save(session: Session, name: str, found: Grounding, words: Sequence[Word]) -> str:
@@ -311,6 +320,17 @@ def _save(session: Session, name: str, found: Grounding, words: Sequence[Word]) 
     with whole_file(path) as partial:
         found.plot(words, scale=_scale(found)).save(partial)
     return str(path)
+
+
+def _named(words: Sequence[Word]) -> str:
+    """Words with their boxes, for those who do not see the picture."""
+    return ", ".join(f"{word.text} at {_corners(word)}" for word in _with_masks(words))
+
+
+def _corners(word: Word) -> str:
+    assert word.box is not None
+    x0, y0, x1, y1 = word.box
+    return f"{x0}, {y0} to {x1}, {y1}"
 
 
 def _scale(found: Grounding) -> int:

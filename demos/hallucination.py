@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
 from demos import inputs
 from demos.examples import example_gallery, known_objects, scenes
 from demos.models import MAX_NEW_TOKENS, Models
 from demos.page import QUEUE, hint, own_uploads
+from demos.redistribution import draw_gazes, measure_gaze
 from demos.sessions import Sessions
 from visionsel.data.shapes import CAPTION_PROMPT
 from visionsel.embedded.hallucination_quality import adapted
@@ -25,9 +26,17 @@ from visionsel.multimodal.grounding.words import find_words
 from visionsel.multimodal.intervention import method_name
 from visionsel.multimodal.modulation import MODULATORS, GroundingHeads, head_importance
 from visionsel.multimodal.prompts import chat_inputs, user_turn
-from visionsel.viz import HEAT
+from visionsel.viz import heat_colors
 
-__all__ = ["Remedied", "answer_with", "hallucination_tab", "head_table", "mark_invented", "remedy_names"]
+__all__ = [
+    "Remedied",
+    "answer_with",
+    "hallucination_tab",
+    "head_table",
+    "mark_invented",
+    "redistributed",
+    "remedy_names",
+]
 
 CALIBRATED = "grounding_heads"
 TITLES = {
@@ -54,7 +63,11 @@ def hallucination_tab(models: Models, sessions: Sessions) -> None:
     with gr.Row(elem_classes="halves"):
         with gr.Column(scale=5, min_width=300):
             image = inputs.image_input(
-                label="Image", value=scenes()[3].image, sources=["upload", "webcam", "clipboard"], height=260
+                label="Image",
+                value=scenes()[3].image,
+                sources=["upload", "webcam", "clipboard"],
+                height=260,
+                alt_text="The image to ask about",
             )
             example_gallery(image, sessions, first=(3, 4, 5, 0, 1, 2))
         with gr.Column(scale=7, min_width=300):
@@ -68,17 +81,19 @@ def hallucination_tab(models: Models, sessions: Sessions) -> None:
             run = gr.Button("Answer with and without", variant="primary")
             known = gr.HTML(hint("What is in the example images is known, so inventions are marked."))
     table = gr.HTML(elem_id="remedied")
+    gazes = gr.HTML(elem_id="redistributed")
     heads = gr.HTML(elem_id="head-table")
 
-    def on_run(path: str | None, text: str, wanted: list[str], request: gr.Request) -> tuple[str, str, str]:
+    def on_run(path: str | None, text: str, wanted: list[str], request: gr.Request) -> tuple[str, ...]:
         sessions.own(request, path)
         picture, asked = inputs.read_image(path), inputs.read_question(text)
         truth = known_objects(picture)
         with inputs.explained(), models.in_use():
             found = [answer_with(models, picture, asked, name) for name in (None, *wanted)]
             plain = found[0].answer
-            sensitivity = None
+            sensitivity, moved = None, ""
             if plain:
+                moved = redistributed(models, picture, asked, found[0], wanted)
                 sample = SimpleNamespace(image=picture, captions=[plain])
                 sensitivity = head_importance(
                     models.model, models.processor, [sample], prompt=asked
@@ -90,11 +105,11 @@ def hallucination_tab(models: Models, sessions: Sessions) -> None:
         )
         strong = {one.title: one.heads for one in found if one.heads}
         drawn = hint("The model said nothing.") if sensitivity is None else head_table(sensitivity, strong)
-        return said, _answers(found, truth), drawn
+        return said, _answers(found, truth), moved, drawn
 
     options: dict[str, Any] = {**QUEUE, "api_visibility": "private", "show_progress_on": [table]}
     for event in (run.click, question.submit):
-        event(on_run, [image, question, chosen], [known, table, heads], **options)
+        event(on_run, [image, question, chosen], [known, table, gazes, heads], **options)
     own_uploads(image, sessions)
 
 
@@ -107,12 +122,14 @@ class Remedied:
         answer: of the model.
         notes: what the remedy did, in words.
         heads: by layer, those that it strengthened.
+        tokens: int64 `[1, T]` of the answer.
     """
 
     title: str
     answer: str
     notes: str
     heads: Mapping[int, Sequence[int]]
+    tokens: torch.Tensor
 
 
 @torch.inference_mode()
@@ -123,20 +140,45 @@ def answer_with(models: Models, image: Image.Image, question: str, name: str | N
         ValueError, NotImplementedError: for an unknown remedy, or one that does not fit the model.
     """
     model, processor = models.model, models.processor
-    asked = chat_inputs(processor, [[user_turn(question)]], [[image]]).to(model.device, model.dtype)
+    asked = _prompt(models, image, question)
 
-    def answer() -> str:
+    def answer() -> tuple[str, torch.Tensor]:
         tokens = model.generate(**asked, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = tokens[:, asked["input_ids"].shape[1] :]
         text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
-        return text.strip()
+        return text.strip(), new
 
     if name is None:
-        return Remedied("without any", answer(), "", {})
+        said, tokens = answer()
+        return Remedied("without any", said, "", {}, tokens)
     with _remedy(models, name)(model) as handle:
-        said = answer()
+        said, tokens = answer()
         notes, heads = _told(handle)
-    return Remedied(TITLES.get(name, name), said, notes, heads)
+    return Remedied(TITLES.get(name, name), said, notes, heads, tokens)
+
+
+def redistributed(
+    models: Models, image: Image.Image, question: str, plain: Remedied, names: Sequence[str]
+) -> str:
+    """HTML: how remedies change where the model looks while it says what it says without any.
+
+    Args:
+        models, image, question: as for `answer_with`.
+        plain: the answer without any.
+        names: of remedies; those that choose among words are told, for they leave attention as it is.
+    """
+    moving = [name for name in names if name in {method_name(kind) for kind in MODULATORS}]
+    choosing = [TITLES.get(name, name) for name in names if name not in moving]
+    said = hint(f"{', '.join(choosing)}: changes which word is chosen, not where the model looks.")
+    if not moving:
+        return said if choosing else ""
+    asked = _prompt(models, image, question)
+    before = measure_gaze(models, image, asked, plain.tokens)
+    after = {
+        TITLES.get(name, name): measure_gaze(models, image, asked, plain.tokens, _remedy(models, name))
+        for name in moving
+    }
+    return draw_gazes(image, before, after) + (said if choosing else "")
 
 
 def remedy_names(models: Models) -> list[str]:
@@ -177,14 +219,12 @@ def head_table(
     """
     values = np.array(sensitivity)
     shares = (values - values.min()) / ((values.max() - values.min()) or 1.0)
-    ramp = np.array([ImageColor.getrgb(color)[:3] for color in HEAT], dtype=float)
-    steps = np.linspace(0, 1, len(ramp))
     title, framed = next(iter(strong.items()), ("", {}))
     rows = ["<tr><th></th>" + "".join(f"<th>head {head}</th>" for head in range(values.shape[1])) + "</tr>"]
     for layer, (row, places) in enumerate(zip(values, shares, strict=True)):
         cells = []
         for head, (value, share) in enumerate(zip(row, places, strict=True)):
-            rgb = [round(float(np.interp(share, steps, channel))) for channel in ramp.T]
+            rgb = heat_colors(share).round().astype(int).tolist()
             ink = "black" if np.dot(rgb, (0.299, 0.587, 0.114)) > 128 else "white"
             kind = "strong" if head in framed.get(layer, ()) else ""
             color = f"background: rgb({rgb[0]}, {rgb[1]}, {rgb[2]}); color: {ink}"
@@ -196,6 +236,11 @@ def head_table(
         f"the image is taken away, mean over the answer without any remedy.{frames}</div>"
         f'<div class="wide"><table class="heads">{"".join(rows)}</table></div>'
     )
+
+
+def _prompt(models: Models, image: Image.Image, question: str) -> Any:
+    inputs = chat_inputs(models.processor, [[user_turn(question)]], [[image]])
+    return inputs.to(models.model.device, models.model.dtype)
 
 
 def _remedy(models: Models, name: str) -> Any:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from visionsel.devices import choose_device
 from visionsel.embedded.files import WEIGHTS
 from visionsel.multimodal.grounding.grounder import Grounder
 from visionsel.multimodal.grounding.segmenters import build_segmenter
@@ -24,11 +25,13 @@ class Models:
     Attributes:
         model, processor: a vision-language model of transformers.
         segmenter: what `Grounder` takes.
+        segmenter_name: what the page calls it; default the class of its model.
     """
 
     model: Any
     processor: Any
     segmenter: Any
+    segmenter_name: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _grounders: dict[str, Grounder] = field(default_factory=dict, repr=False)
 
@@ -41,7 +44,21 @@ class Models:
     @property
     def name(self) -> str:
         """What the page calls the model."""
-        return "the embedded model" if self.embedded else Path(self.model.name_or_path).name or "the model"
+        if self.embedded:
+            return "the embedded LLaVA"
+        return Path(self.model.name_or_path).name or type(self.model).__name__
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the page says of the models: names, sizes, and where they run."""
+        inner = getattr(self.segmenter, "model", self.segmenter)
+        named = self.segmenter_name or getattr(inner, "name_or_path", "") or type(inner).__name__
+        precision = str(self.model.dtype).removeprefix("torch.")
+        return {
+            "model": f"{self.name}, {_size(self.model)} parameters",
+            "segmenter": f"{named}, {_size(inner)} parameters",
+            "on": f"{self.model.device}, {precision}",
+        }
 
     @property
     def layers(self) -> int:
@@ -84,6 +101,17 @@ def load_models(
     from visionsel.generation import load_lvlm
 
     # segmenters are quick to refuse: before a large model is loaded
-    made = build_segmenter(segmenter, device, checkpoint=checkpoint)
+    made = build_segmenter(segmenter, choose_device(device), checkpoint=checkpoint)
     model, processor = load_lvlm(name, device, dtype)
-    return Models(model, processor, made)
+    called = "the embedded SAM" if segmenter == "embedded" else segmenter.removeprefix("hf:")
+    return Models(model, processor, made, called)
+
+
+def _size(model: Any) -> str:
+    """How many parameters a model has, in thousands, millions or billions."""
+    number = float(sum(parameter.numel() for parameter in model.parameters()))
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} B"

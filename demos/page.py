@@ -15,7 +15,21 @@ import gradio as gr
 
 from demos.sessions import AGE, Sessions
 
-__all__ = ["CSS", "QUEUE", "THEME", "hint", "new_page", "own_uploads", "serve", "served"]
+__all__ = [
+    "CSS",
+    "DOCS",
+    "QUEUE",
+    "THEME",
+    "about",
+    "hint",
+    "new_page",
+    "own_uploads",
+    "serve",
+    "served",
+    "title",
+]
+
+DOCS = "https://github.com/visionsel/visionsel/tree/main/docs"
 
 QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 """Options of every event that uses the models: one at a time, the others wait in line."""
@@ -45,7 +59,13 @@ THEME = gr.themes.Base(
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.35rem; margin: 0.4rem 0 0; letter-spacing: -0.01em; }
-#title p { margin: 0.15rem 0 0.4rem; color: var(--body-text-color-subdued); }
+#title p { margin: 0.15rem 0; color: var(--body-text-color-subdued); }
+#title .facts { font-size: 0.88rem; margin-bottom: 0.4rem; }
+#title .facts span { margin-right: 1rem; }
+#title .facts i { font-style: normal; color: var(--body-text-color); }
+.about { color: var(--body-text-color-subdued); max-width: 60rem; margin: 0; }
+#title a, .about a { color: var(--link-text-color); text-decoration: underline;
+  padding: 0; }
 #answer { cursor: pointer; }
 #answer .textfield { font-size: 1.1rem; line-height: 2; }
 #answer .text { color: var(--body-text-color) !important; }
@@ -53,19 +73,22 @@ CSS = """
 #answer .token:hover { background: rgba(0, 114, 178, 0.16); }
 #answer .token.highlighted { padding: 0.1rem 0.3rem; margin: 0 0.15rem 0 0; }
 #answer .token.highlighted:hover { filter: saturate(1.6); }
+#answer .token:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px; }
 .hint { font-size: 0.95rem; color: var(--body-text-color-subdued); min-height: 1.6rem;
   padding: 0.1rem 0.2rem; }
 .hint b { color: var(--body-text-color); margin-right: 0.9rem; }
 .hint span { white-space: nowrap; margin-right: 0.9rem; }
 .hint i { font-style: normal; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
 .examples .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding: 1.9rem 0.5rem 0.5rem; }
-.examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; padding: 0;
+.examples .grid-container { grid-template: auto / repeat(6, minmax(0, 1fr)) !important; padding: 0;
   width: 100%; gap: 0.4rem; }
 .examples .thumbnail-item, .examples .gallery-item { height: auto; width: 100%; aspect-ratio: 1; }
 .examples .thumbnail-item img { height: 100%; width: 100%; }
-#heads .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
+.examples .caption-label { display: none; }
+#heads .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding-top: 1.9rem; }
 #heads .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important; }
 #heads { contain: inline-size; }
+.kept .image-frame { padding-top: 1.9rem; }
 .bottom { align-items: flex-end; }
 .wide { overflow-x: auto; contain: inline-size; }
 table.plain { border-collapse: collapse; width: 100%; font-size: 0.92rem; border: 0 !important; }
@@ -89,8 +112,21 @@ table.heads th { font-weight: 500; color: var(--body-text-color-subdued); paddin
 table.heads td { min-width: 2.6rem; height: 1.7rem; text-align: center; border-radius: 3px;
   font-variant-numeric: tabular-nums; }
 table.heads td.strong { outline: 2px solid #d55e00; outline-offset: -2px; font-weight: 700; }
+.scales { display: flex; flex-wrap: wrap; gap: 0.3rem 1.6rem; font-size: 0.85rem; padding: 0 0.2rem;
+  color: var(--body-text-color-subdued); }
+.scales span { display: inline-flex; align-items: center; gap: 0.4rem; }
+.scales i { display: inline-block; width: 6rem; height: 0.7rem; border-radius: 2px;
+  border: 1px solid var(--border-color-primary); }
+.gazes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
+  gap: 1rem 1.6rem; padding: 0.6rem 0.2rem; }
+.gaze { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0.4rem; }
+.gaze h3 { grid-column: 1 / -1; font-size: 0.95rem; margin: 0; }
+.gaze figure { margin: 0; }
+.gaze img { width: 100%; margin: 0; border-radius: 3px; display: block; }
+.gaze figcaption { font-size: 0.8rem; color: var(--body-text-color-subdued); margin-top: 0.15rem; }
 @media (max-width: 640px) {
   .gradio-container .main { padding: 12px !important; }
+  .tab-container button { padding-left: 0.6rem !important; padding-right: 0.6rem !important; }
   table.plain { font-size: 0.78rem; }
   table.plain th, table.plain td { padding: 0.35rem 0.25rem; }
   table.plain th, table.plain th.number { white-space: normal; overflow-wrap: normal; }
@@ -177,7 +213,10 @@ def served(
 def serve(make: Callable[[], gr.Blocks], port: int | None = None, share: bool = False) -> None:
     """`served`, until the process is interrupted."""
     with served(make, port, share) as page, suppress(KeyboardInterrupt):
-        print(f"Stop with Ctrl-C. Everything happens on this machine, at {page.local_url}", flush=True)
+        open_to = "and whoever has the public link can use it" if share else "and for this machine alone"
+        print(
+            f"Stop with Ctrl-C. Everything happens on this machine, {open_to}: {page.local_url}", flush=True
+        )
         threading.Event().wait()
 
 
@@ -189,6 +228,32 @@ def own_uploads(image: gr.Image, sessions: Sessions) -> None:
 
     for event in (image.upload, image.input):
         event(own, image, None, show_progress="hidden", api_visibility="private", queue=False)
+
+
+def title(lead: str, facts: Mapping[str, str]) -> str:
+    """HTML: the head of the page.
+
+    Args:
+        lead: one or two sentences.
+        facts: about the models, by name.
+    """
+    told = " ".join(
+        f"<span>{html.escape(name)}: <i>{html.escape(fact)}</i></span>" for name, fact in facts.items()
+    )
+    return (
+        f"<h1>visionsel</h1><p>{html.escape(lead)}</p>"
+        f'<p class="facts">{told}{_link("Documentation", DOCS)}</p>'
+    )
+
+
+def about(text: str, page: str) -> str:
+    """HTML: what a tab is for, with a link to its page of the documentation."""
+    return f'<p class="about">{html.escape(text)} {_link("More about it", f"{DOCS}/{page}")}</p>'
+
+
+def _link(text: str, address: str) -> str:
+    """A link that opens beside this page, so that answers stay, and tells nobody where it was."""
+    return f'<a href="{address}" target="_blank" rel="noopener noreferrer">{html.escape(text)}</a>'
 
 
 def hint(text: str, facts: Mapping[str, str] | None = None) -> str:

@@ -35,7 +35,11 @@ def pruning_tab(models: Models, sessions: Sessions) -> None:
     with gr.Row(elem_classes="halves"):
         with gr.Column(scale=5, min_width=300):
             image = inputs.image_input(
-                label="Image", value=scenes()[1].image, sources=["upload", "webcam", "clipboard"], height=260
+                label="Image",
+                value=scenes()[1].image,
+                sources=["upload", "webcam", "clipboard"],
+                height=260,
+                alt_text="The image to ask about",
             )
             example_gallery(image, sessions)
         with gr.Column(scale=7, min_width=300):
@@ -65,8 +69,9 @@ def pruning_tab(models: Models, sessions: Sessions) -> None:
                         show_label=False,
                         format="png",
                         interactive=False,
-                        buttons=[],
+                        buttons=["fullscreen"],
                         elem_id=f"kept-{number}",
+                        elem_classes="kept",
                     )
                 )
                 answers.append(gr.HTML('<div class="answer-text"></div>', elem_id=f"pruned-{number}"))
@@ -90,7 +95,9 @@ def pruning_tab(models: Models, sessions: Sessions) -> None:
         for one in found:
             file = session.path("kept.png")
             one.picture.save(file)
-            shown.append(str(file))
+            kept, of = one.report.equivalent_tokens, one.report.full_tokens
+            alt = f"Which patches are kept at a share of {one.budget:.0%}: {kept:.0f} tokens of {of:.0f}"
+            shown.append(gr.Image(value=str(file), alt_text=alt))
             same = one.answer == full
             note = "the same answer" if same else "another answer"
             said.append(f'<div class="answer-text">{html.escape(one.answer)}{_small(note)}</div>')
@@ -184,10 +191,10 @@ def _costs(found: Sequence[PrunedAnswer]) -> str:
     first = found[0].report
     heads = "".join(f'<th class="number">{name}</th>' for name in COLUMNS)
     rows = [_row("all image tokens", first, full=True)]
-    rows += [_row(f"budget {one.budget:.0%}", one.report) for one in found]
+    rows += [_row(f"share {one.budget:.0%}", one.report) for one in found]
     note = (
         "A share is a mean over the layers of the decoder. FLOPs are those of the decoder for the prompt; "
-        f"the time to the first token is the median of {ROUNDS} rounds in turn on this machine."
+        f"the time to the first token and its ratio are medians of {ROUNDS} rounds in turn on this machine."
     )
     body = "".join(rows)
     return (

@@ -51,6 +51,12 @@ HEAVY = {
     "optuna",
     "lmms_eval",
     "vlmeval",
+    "webdataset",
+    "accelerate",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "segmentation_models_pytorch",
 }
 # folders of an extra: their __init__ names it when it is missing
 OF_AN_EXTRA = {"multimodal": {"transformers"}}

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visionsel import viz
 from visionsel.viz import (
+    CHANGE,
     HEAT,
     OKABE_ITO,
     draw_boxes,
@@ -12,6 +14,7 @@ from visionsel.viz import (
     enlarge,
     overlay_heatmap,
     overlay_masks,
+    text_size,
 )
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -140,6 +143,7 @@ def test_the_legend_is_below_the_picture_and_has_the_values_where_there_is_room(
     assert (out[:4] == np.asarray(overlay_heatmap(Image.new("RGB", (100, 4)), heatmap, legend=False))).all()
     assert out[4, 0].tolist() == [0x00, 0x22, 0x4E]
     assert (out[12:] < 80).any()
+    assert (out[-1] == 255).all()
     narrow = np.asarray(overlay_heatmap(Image.new("RGB", (4, 4)), heatmap[:, :4]))
     assert (narrow[12:] == 255).all()
 
@@ -166,3 +170,76 @@ def test_points_inside_are_full_and_points_outside_hollow() -> None:
     assert (np.asarray(image) == 100).all()
     with pytest.raises(ValueError, match="one label for each point, got 1 for 2"):
         draw_points(image, [(1, 1), (2, 2)], [1])
+    with pytest.raises(ValueError, match="radius must be at least 1 pixel, got 0"):
+        draw_points(image, [(1, 1)], [1], radius=0)
+
+
+def plate(size: tuple[int, int], label: str = "triangle", **options) -> tuple[int, int]:
+    """Width and height of what a label covers, in pixels."""
+    blank, box = Image.new("RGB", size, "white"), [(0, 0, *size)]
+    plain = np.asarray(draw_boxes(blank, box, ["#0072b2"], **options))
+    changed = (np.asarray(draw_boxes(blank, box, ["#0072b2"], [label], **options)) != plain).any(2)
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    return int(columns[-1] - columns[0]) + 1, int(rows[-1] - rows[0]) + 1
+
+
+@pytest.mark.parametrize("size", [(384, 384), (1600, 900), (3000, 2000)])
+def test_labels_have_the_same_part_of_every_larger_image(size) -> None:
+    width, height = plate(size)
+    side = (size[0] * size[1]) ** 0.5
+    assert 0.12 < width / side < 0.19
+    assert 0.03 < height / side < 0.06
+
+
+def test_labels_of_a_small_image_are_legible_and_inside_of_it() -> None:
+    assert text_size(Image.new("L", (64, 64))) == text_size(Image.new("L", (9, 9))) == 8
+    assert text_size(Image.new("L", (7303, 5477))) == 211
+    width, height = plate((64, 64))
+    assert width < 48
+    assert 9 <= height < 16
+    assert plate((200, 200), "a very long name of something that was found")[0] <= 200
+
+
+def test_sizes_can_be_chosen() -> None:
+    assert plate((400, 400), font_size=40)[1] > 2 * plate((400, 400))[1]
+    for size in (0, -3, float("nan")):
+        with pytest.raises(ValueError, match="font_size must be a number of pixels above 0"):
+            plate((40, 40), font_size=size)
+    blank, heatmap = Image.new("RGB", (100, 100)), np.eye(100)
+    heights = [overlay_heatmap(blank, heatmap, font_size=size).height for size in (8, 20)]
+    assert heights[0] < heights[1]
+    large = Image.new("RGB", (1200, 900), (90, 90, 90))
+    for picture, (at, thick) in (
+        (draw_boxes(large, [(100, 100, 900, 800)], ["red"]), ((500, 100), range(4, 9))),
+        (draw_points(large, [(600, 400)], [1]), ((600, 388), range(8, 26))),
+    ):
+        column = np.asarray(picture)[:, at[0]]
+        assert int((column[at[1] - 20 : at[1] + 10] != 90).any(1).sum()) in thick
+
+
+def test_maps_with_the_same_limits_have_the_same_colours() -> None:
+    image = Image.new("RGB", (3, 1))
+    one = np.asarray(overlay_heatmap(image, np.array([[0.0, 1, 2]]), 1, False, limits=(0, 4)))
+    two = np.asarray(overlay_heatmap(image, np.array([[2.0, 4, 9]]), 1, False, limits=(0, 4)))
+    assert one[0, 2].tolist() == two[0, 0].tolist()
+    assert two[0, 1].tolist() == two[0, 2].tolist() == [0xF0, 0xE4, 0x42]
+    change = overlay_heatmap(image, np.array([[-1.0, 0, 1]]), 1, False, limits=(-1, 1), colors=CHANGE)
+    assert np.asarray(change)[0].tolist() == [[0x00, 0x72, 0xB2], [0xF7] * 3, [0xD5, 0x5E, 0x00]]
+    with pytest.raises(ValueError, match="the lower one first; got"):
+        overlay_heatmap(image, np.zeros((1, 3)), limits=(1, 1))
+    with pytest.raises(ValueError, match="at least two colours"):
+        overlay_heatmap(image, np.zeros((1, 3)), colors=["red"])
+
+
+def test_a_picture_is_the_same_however_many_rows_are_mixed_at_a_time(monkeypatch) -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (11, 7, 3), dtype=np.uint8))
+    masks, heatmap = generator.random((2, 11, 7)) < 0.5, generator.random((11, 7))
+
+    def draw() -> list[bytes]:
+        pictures = overlay_masks(image, masks, ["red", "#009e73"], 0.3), overlay_heatmap(image, heatmap)
+        return [picture.tobytes() for picture in pictures]
+
+    whole = draw()
+    monkeypatch.setattr(viz, "ROWS", 4)
+    assert draw() == whole

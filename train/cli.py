@@ -1,7 +1,8 @@
 """What the training programs share: the run's folder, loggers, checkpoints, and early errors.
 
 A run is a folder: `config.yaml` (everything, resolved), `checkpoints/best.ckpt` and `last.ckpt`, and
-`logs/version_N/` with `metrics.csv` and TensorBoard's events, one N for each start.
+`logs/version_N/` with `metrics.csv` and TensorBoard's events, one N for each start. A checkpoint replaces the
+one before it when it is complete.
 """
 
 import math
@@ -19,8 +20,12 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from train.checkpoint_io import WholeCheckpointIO, remove_partial
 
 __all__ = ["EndlessCLI", "RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli", "with_cosine"]
 
@@ -53,6 +58,12 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The arguments of a run, beside Lightning's."""
         parser.add_argument("--output", type=str, default="runs/run", help="folder of the run")
+        parser.add_argument(
+            "--save_every",
+            type=int | None,
+            default=None,
+            help="updates after which last.ckpt is written, also inside an epoch [after each epoch]",
+        )
         parser.add_argument(
             "--predictions",
             type=str | None,
@@ -88,16 +99,29 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what can be refused without building anything."""
-        given = self._get(self.config, "ckpt_path")
-        self.resumed = given not in (None, "best", "last", "hpc", "registry")
-        if self.resumed:
+        given = self._named_checkpoint(self._get(self.config, "ckpt_path"))
+        self.resumed = given not in (None, "hpc", "registry")
+        if given is not None and self.resumed:
             self.checkpoint = read_checkpoint(given)
-        if self.subcommand == "fit" and given is None and (self.output / "config.yaml").exists():
+        asked = self._get(self.config, "ckpt_path")
+        self.config[self.subcommand]["ckpt_path"] = given
+        if self.subcommand == "fit" and asked is None and (self.output / "config.yaml").exists():
             raise ValueError(
                 f"{self.output} already holds a run; resume it with --ckpt_path "
                 f"{self.output / 'checkpoints' / 'last.ckpt'}, name another --output, or delete it"
             )
+        if self.subcommand == "fit" and self.resumed:
+            remove_partial(self.output / "checkpoints")
         torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
+
+    def _named_checkpoint(self, given: str | None) -> str | None:
+        """What `last` and `best` mean: those of the run; a run that has no `last` yet starts afresh."""
+        if given not in ("best", "last"):
+            return given
+        path = self.output / "checkpoints" / f"{given}.ckpt"
+        if given == "last" and self.subcommand == "fit" and not path.exists():
+            return None
+        return str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with our loggers and checkpoints, where the configuration names none."""
@@ -110,9 +134,22 @@ class RunCLI(LightningCLI):
         writes = fit and config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
         if not fit and config.get("enable_checkpointing") is None:
             kwargs["enable_checkpointing"] = False
-        if writes and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        named = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        if named and self._get(self.config, "save_every") is not None:
+            raise ValueError("save_every belongs to our checkpoints; the ModelCheckpoint given replaces them")
+        if writes and not named:
             kwargs["callbacks"] = [*callbacks, *self._checkpoints()]
-        return super().instantiate_trainer(**kwargs)
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs)
+        strategy = trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "checkpoints are files here: set trainer.strategy.save_distributed_checkpoint to false"
+            )
+        return trainer
 
     def _loggers(self) -> list[CSVLogger | TensorBoardLogger]:
         csv = CSVLogger(self.output, name="logs")
@@ -130,7 +167,14 @@ class RunCLI(LightningCLI):
             enable_version_counter=False,
         )
         last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-        return [best, last]
+        every = self._get(self.config, "save_every")
+        if every is None:
+            return [best, last]
+        if every < 1:
+            raise ValueError(f"save_every must be at least 1, got {every}")
+        # under the same name: the newest counts
+        steps = ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)
+        return [best, last, steps]
 
     def fit(self, **kwargs: Any) -> None:
         """Train; leave no folder behind when nothing was trained."""
@@ -210,6 +254,12 @@ class WeightEMA(EMAWeightAveraging):
     Lightning keeps the average, and a later `trainer.validate` or `trainer.test` of a checkpoint would
     exchange its weights with those of the end of training.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():
+            # models that shard themselves in configure_model refuse an average
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")
+            super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._average_model = None

@@ -1,12 +1,14 @@
-"""Labelled images for Lightning: an image folder, or the real digits written as one."""
+"""Labelled images for Lightning: an image folder, tar shards, or the real digits written as a folder."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,20 +20,32 @@ from visionsel.data.imagefolder import (
     open_image,
     read_image_folder,
 )
-from visionsel.data.resumable import EpochSampler, ResumableLoader, SeededDataset
+from visionsel.data.resumable import EpochSampler, EvenSampler, ResumableLoader, SeededDataset, seeded
+from visionsel.data.shards import ShardLoader, ShardStream, find_shards, index_shards
 
-__all__ = ["ImageFolderData"]
+__all__ = ["IGNORED", "ImageFolderData", "read_class_names"]
+
+IGNORED = -100
+"""The label of an image that only fills up a batch; PyTorch's losses leave it out."""
 
 
 class ImageFolderData(LightningDataModule):
     """Training, validation, test and prediction images with timm's transforms.
 
     Args:
-        root: folder with one folder a split, with one folder a class in it.
-        dataset: "imagefolder" reads what is in `root`; "digits" writes scikit-learn's digits there first.
-        train_split, val_split, test_split: names of the splits' folders.
+        root: folder with one folder a split, with one folder a class in it; for shards, what stands before
+            their names.
+        dataset: "imagefolder" reads what is in `root`; "digits" writes scikit-learn's digits there first;
+            "shards" reads tar files, see `visionsel.data.shards`.
+        train_split, val_split, test_split: names of the splits' folders, or of the shards, such as
+            "train-{000..146}.tar".
         predict_folder: images to classify with the predict verb; default the test split, or the validation
-            split where there is none.
+            split where there is none. Shards have no default.
+        classes: of shards: "imagenet-1k" and the other subsets that timm names, or a text file with a name a
+            line.
+        shard_index: of shards: JSON with their sizes; default `_info.json` in `root`, written there when the
+            shards are on a disk and not counted yet.
+        shuffle_buffer: of shards: undecoded samples that each worker process mixes.
         image_size: pixels per side that the model sees.
         batch_size: on each device, for training.
         val_batch_size: for everything else; default `batch_size`.
@@ -55,11 +69,14 @@ class ImageFolderData(LightningDataModule):
     def __init__(
         self,
         root: str,
-        dataset: Literal["imagefolder", "digits"] = "imagefolder",
+        dataset: Literal["imagefolder", "shards", "digits"] = "imagefolder",
         train_split: str = "train",
         val_split: str = "val",
         test_split: str = "test",
         predict_folder: str | None = None,
+        classes: str | None = None,
+        shard_index: str | None = None,
+        shuffle_buffer: int = 1000,
         image_size: int = 224,
         batch_size: int = 128,
         val_batch_size: int | None = None,
@@ -86,11 +103,23 @@ class ImageFolderData(LightningDataModule):
             ("batch_size", batch_size, 1),
             ("val_batch_size", self.val_batch_size, 1),
             ("num_workers", num_workers, 0),
+            ("shuffle_buffer", shuffle_buffer, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if dataset == "shards" and repeats > 1:
+            raise ValueError(f"repeats {repeats} need dataset imagefolder: shards are read once an epoch")
+        if dataset == "shards" and verify:
+            raise ValueError("verify needs dataset imagefolder: shards are checked as they are read")
+        if (dataset == "shards") != (classes is not None):
+            raise ValueError(
+                'shards, and only they, need classes: "imagenet-1k", or a text file with a name a line'
+            )
         self.root = Path(root)
+        self.address = root
         self.dataset = dataset
+        self.shard_index = shard_index
+        self.shuffle_buffer = shuffle_buffer
         self.splits = {"train": train_split, "val": val_split, "test": test_split}
         self.predict_folder = predict_folder
         self.batch_size = batch_size
@@ -98,7 +127,8 @@ class ImageFolderData(LightningDataModule):
         self.repeats = repeats
         self.verify = verify
         self.seed = seed
-        self.resume: dict[str, int] = {}
+        self.resume: dict[str, Any] = {}
+        self.train_loader: ShardLoader | ResumableLoader | None = None
         self.preprocessing: dict[str, Any] = {
             "input_size": (3, image_size, image_size),
             "interpolation": interpolation,
@@ -109,6 +139,8 @@ class ImageFolderData(LightningDataModule):
         """What evaluation does to an image, in the words of timm's pretrained configurations."""
         if dataset == "digits":
             self.class_names = list(digits.CLASSES)
+        elif classes is not None:  # of shards
+            self.class_names = read_class_names(classes)
         else:
             self.class_names = class_names(self.root / train_split)
         self.train_transform = create_transform(
@@ -128,13 +160,21 @@ class ImageFolderData(LightningDataModule):
         self.transform = create_transform(**self.preprocessing, is_training=False)
 
     def prepare_data(self) -> None:
-        """Write the digits if they are wanted and not there."""
+        """Write the digits if they are wanted and not there; count the shards that were not."""
         if self.dataset == "digits":
             digits.write_digits(self.root)
+        if self.dataset == "shards":
+            verb = self.trainer.state.fn if self.trainer else None
+            for split in self._wanted("fit" if verb is None else verb.value):
+                index_shards(self.address, self.splits[split], self.shard_index)
 
     def setup(self, stage: str) -> None:
-        """Check the folders that the stage reads."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}[stage]
+        """Check the folders or shards that the stage reads."""
+        wanted = self._wanted(stage)
+        if self.dataset == "shards":
+            for split in wanted:
+                self._check_size(split, len(self._shards(split)))
+            return
         folders = [self.splits[name] for name in wanted]
         if not folders:
             return
@@ -143,62 +183,138 @@ class ImageFolderData(LightningDataModule):
             raise ValueError(f"{self.root / folders[0]} does not have the classes of {self.splits['train']}")
         if stage == "fit":
             self.train_set = SeededDataset(self._read("train", self.train_transform), self.seed)
-            if len(self.train_set) < self.batch_size:
-                raise ValueError(
-                    f"{self.root / self.splits['train']} has {len(self.train_set)} images, "
-                    f"fewer than batch_size {self.batch_size}"
-                )
+            self._check_size("train", len(self.train_set))
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    @staticmethod
+    def _wanted(stage: str) -> tuple[str, ...]:
+        return {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}[stage]
+
+    def _check_size(self, split: str, size: int) -> None:
+        """A device without a batch would hold up the others."""
+        least = self.batch_size * self._devices()[0] if split == "train" else 1
+        if size < least:
+            raise ValueError(
+                f"{self.address}/{self.splits[split]} has {size} images, "
+                f"fewer than batch_size {self.batch_size}"
+                + (f" on each of {self._devices()[0]} devices" if least > self.batch_size else "")
+            )
+
+    def _devices(self) -> tuple[int, int]:
+        """How many there are, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def train_dataloader(self) -> Any:
         """Batches of images and labels, in an order fixed by seed and epoch; a short last one is dropped."""
-        trainer = self.trainer
-        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        sampler = EpochSampler(self.train_set, self.seed, self.repeats, world_size, rank)
-        self.train_loader = ResumableLoader(
-            self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-        )
+        world_size, rank = self._devices()
+        if self.dataset == "shards":
+            stream = ShardStream(
+                self._shards("train"),
+                _Sample(self.train_transform, self.seed),
+                len(self.class_names),
+                self.batch_size,
+                self.shuffle_buffer,
+                self.seed,
+                world_size,
+                rank,
+            )
+            self.train_loader = self._shard_loader(stream)
+        else:
+            sampler = EpochSampler(self.train_set, self.seed, self.repeats, world_size, rank)
+            self.train_loader = ResumableLoader(
+                self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
+            )
         if self.resume:
-            self.train_loader.load_state_dict(self.resume)
+            self._go_on()
             self.resume = {}
         return self.train_loader
 
-    def state_dict(self) -> dict[str, int]:
+    def _go_on(self) -> None:
+        assert self.train_loader is not None
+        self._check_batch(self.resume)
+        self.train_loader.load_state_dict(self.resume)
+
+    def _check_batch(self, state: dict[str, Any]) -> None:
+        """An epoch of a folder goes on with other devices, but not with other batches of all together."""
+        saved, now = state.get("global_batch"), self.batch_size * self._devices()[0]
+        if self.dataset == "shards" or saved in (None, now):
+            return
+        if 0 < state["batches"] < len(self.train_set) // saved:
+            raise ValueError(
+                f"the checkpoint is from the middle of an epoch with {saved} images a batch on all devices, "
+                f"not {now}; go on with as many, or from the end of an epoch"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
         """How far the training loader is.
 
         Lightning 2.6 saves the loader's own state too, but does not give it back where the number of updates
         was asked for before, as a schedule has to.
         """
-        return self.train_loader.state_dict()
+        state = {} if self.train_loader is None else self.train_loader.state_dict()
+        return {**state, "global_batch": self.batch_size * self._devices()[0]}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where the next training loader continues."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where training continues."""
         self.resume = dict(state_dict)
+        if self.train_loader is not None:  # strategies that shard restore when there is one already
+            self._go_on()
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """All validation images in order."""
-        return self._evaluation_loader(self._read("val", self.transform))
+    def val_dataloader(self) -> Any:
+        """All validation images, each on one device; those with label -100 only fill up a batch."""
+        return self._evaluation_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """All test images in order."""
-        return self._evaluation_loader(self._read("test", self.transform))
+    def test_dataloader(self) -> Any:
+        """All test images, as for validation."""
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images of `predict_folder` with their position in `predict_files`."""
-        return self._evaluation_loader(_Files(self.predict_files, self.transform))
+        return self._in_order(_Files(self.predict_files, self.transform))
 
     @property
     def predict_files(self) -> list[Path]:
         """The images of the predict verb, in order."""
         if self.predict_folder is not None:
             return list_images(self.predict_folder)
+        if self.dataset == "shards":
+            raise ValueError("shards have no files to name: give --data.predict_folder")
         test = self.root / self.splits["test"]
         return list_images(test if test.is_dir() else self.root / self.splits["val"])
 
     def _read(self, split: str, transform: Callable[..., Tensor]) -> Dataset[Any]:
         return read_image_folder(self.root / self.splits[split], transform)
 
-    def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        return DataLoader(dataset, batch_size=self.val_batch_size, shuffle=False, **self._loading())
+    def _evaluation_loader(self, split: str) -> Any:
+        world_size, rank = self._devices()
+        if self.dataset == "shards":
+            padding = torch.zeros(self.preprocessing["input_size"]), IGNORED
+            stream = ShardStream(
+                self._shards(split),
+                _Sample(self.transform),
+                len(self.class_names),
+                self.val_batch_size,
+                num_replicas=world_size,
+                rank=rank,
+                padding=padding,
+            )
+            return self._shard_loader(stream)
+        dataset = self._read(split, self.transform)
+        if world_size == 1:
+            return self._in_order(dataset)
+        return self._in_order(_Padded(dataset), EvenSampler(dataset, world_size, rank))
+
+    def _in_order(self, dataset: Dataset[Any], sampler: EvenSampler | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            dataset, batch_size=self.val_batch_size, shuffle=False, sampler=sampler, **self._loading()
+        )
+
+    def _shards(self, split: str) -> Any:
+        return find_shards(self.address, self.splits[split], self.shard_index)
+
+    def _shard_loader(self, stream: ShardStream) -> ShardLoader:
+        loading = self._loading()
+        del loading["persistent_workers"]
+        return ShardLoader(stream, **loading)
 
     def _loading(self) -> dict[str, Any]:
         # everything by name: Lightning makes some loaders again from their arguments
@@ -221,3 +337,55 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(open_image(self.files[index])), index
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What becomes of an image of the shards; with a seed, under generators seeded from it and the place."""
+
+    transform: Callable[..., Tensor]
+    seed: int | None = None
+
+    def __call__(self, image: Image.Image, label: int, epoch: int, position: int) -> tuple[Tensor, int]:
+        if self.seed is None:
+            return self.transform(image), label
+        with seeded(self.seed, epoch, position):
+            return self.transform(image), label
+
+
+class _Padded(Dataset[Any]):
+    """A dataset whose index -1 is an image to be ignored."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.dataset[max(index, 0)]
+        return image, IGNORED if index < 0 else label
+
+
+def read_class_names(source: str) -> list[str]:
+    """Names of classes in the order of their labels.
+
+    Args:
+        source: a text file with a name a line, or a subset of ImageNet that timm knows ("imagenet-1k",
+            "imagenet-12k", "imagenet-22k", "imagenet-22k-ms", "imagenet-21k"), whose names are synsets.
+
+    Raises:
+        ValueError: when it is neither, or two classes share a name.
+    """
+    if Path(source).is_file():
+        names = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
+    else:
+        try:
+            names = list(ImageNetInfo(source).label_names())
+        except AssertionError:
+            raise ValueError(
+                f"{source} is neither a file with a class a line nor a subset of ImageNet as imagenet-1k"
+            ) from None
+    if len(set(names)) != len(names):
+        raise ValueError(f"{source} names a class twice")
+    return names

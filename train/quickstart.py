@@ -1,16 +1,15 @@
-"""Train three small backbones on real scanned digits, show what they learnt and what the embedded models see.
+"""Train three small backbones on real scanned digits and show, on one page, all that the package does.
 
     python -m train.quickstart --output quickstart
 
 Each model is trained by its configuration in configs/digits, as `train.classification fit` would, for a fixed
 number of epochs. The weights at the end are tested on the held-out split, which training never sees.
-Then the vision-language model and the SAM that ship with visionsel describe and segment a dozen fresh scenes
-(`train.quickstart_shapes`). Written are `results.json`, `confusion.png`, `predictions.png`, `shapes.html` and
-the runs themselves.
+Then the models that ship with visionsel caption, ground, prune and hallucinate less on fresh scenes
+(`train.report`). Written are `results.json`, `confusion.png`, `predictions.png`, the runs themselves and
+`report.html`, which holds the pictures and needs no other file; its path is the last line of the output.
 """
 
 import argparse
-import json
 import logging
 import shutil
 import sys
@@ -26,12 +25,16 @@ from torch import Tensor
 from train.classification import ClassificationCLI, ImageClassifier
 from train.cli import run_cli
 from train.image_data import ImageFolderData
-from train.quickstart_shapes import PAGE, load_models, write_page
+from train.report import PAGE, load_models, write_report
+from train.report_digits import Digits
 from visionsel.data.imagefolder import open_image
+from visionsel.files import whole_file, write_json
+from visionsel.viz import OKABE_ITO
 
 MODELS = ("biformer", "nat", "selectformer")
 GOAL = 0.97
 FILES = ("results.json", "confusion.png", "predictions.png", PAGE)
+PAGES = (PAGE, "shapes.html")  # the second is one that it wrote before
 CONFIGS = Path(__file__).parent.parent / "configs" / "digits"
 
 
@@ -70,14 +73,15 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
     for number, name in enumerate(options.models, 1):
         print(f"\n[{number}/{len(options.models)}] {name}: {CONFIGS / name}.yaml", flush=True)
         results.append(_train_and_test(name, output, options.epochs))
-    (output / "results.json").write_text(json.dumps([row for row, _ in results], indent=2) + "\n")
-    data = results[0][1]["data"]
-    _draw_confusion(results, data.class_names, output / "confusion.png")
-    _draw_predictions(results, data, output / "predictions.png")
-    print("\ncaptions, boxes and masks of the embedded models on fresh scenes", flush=True)
-    page = write_page(output, *embedded)
-
     rows = [row for row, _ in results]
+    write_json(rows, output / "results.json")
+    data = results[0][1]["data"]
+    digits = Digits(rows, output / "confusion.png", output / "predictions.png")
+    _draw_confusion(results, data.class_names, digits.confusion)
+    _draw_predictions(results, data, digits.predictions)
+    print("\nwhat the embedded models do on fresh scenes", flush=True)
+    page = write_report(output, *embedded, digits)
+
     print(f"\n{rows[0]['test_images']} held-out digits, {torch.get_num_threads()} threads\n")
     print(f"{'model':14s}{'parameters':>12s}{'test accuracy':>15s}{'images/s':>10s}{'training s':>12s}")
     for row in rows:
@@ -86,7 +90,8 @@ def quickstart(arguments: Sequence[str] | None = None) -> None:
             f"{row['images_per_second']:>10.0f}{row['training_seconds']:>12.0f}"
         )
     print(f"\nwritten: {', '.join(str(output / name) for name in FILES)}")
-    print(f"open {page} in a browser to see what the embedded models say and where they look")
+    print("open the report in a browser:")
+    print(page)
     short = [f"{row['name']} {row['test_top1']:.2%}" for row in rows if row["test_top1"] <= GOAL]
     if short:
         raise ValueError(f"test accuracy not above {GOAL:.0%}: {', '.join(short)}")
@@ -99,10 +104,10 @@ def _configs() -> list[str]:
 def _clear(output: Path) -> None:
     """Make way for a new quickstart; touch no folder that is not one."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if output.exists() and (not output.is_dir() or not (names <= {PAGE} or (output / "digits").is_dir())):
+    if output.exists() and (not output.is_dir() or not (names <= set(PAGES) or (output / "digits").is_dir())):
         raise FileExistsError(f"{output} exists and was not written by the quickstart; name another --output")
     shutil.rmtree(output / "runs", ignore_errors=True)
-    for name in FILES:
+    for name in {*FILES, *PAGES}:
         (output / name).unlink(missing_ok=True)
 
 
@@ -203,7 +208,7 @@ def _draw_confusion(results: list[Any], names: list[str], path: Path) -> None:
 def _draw_predictions(results: list[Any], data: ImageFolderData, path: Path, columns: int = 12) -> None:
     """Two rows a model: its mistakes and least certain digits first, then digits picked at even distances."""
     plt = _pyplot()
-    files = [Path(file) for file, _ in data.test_dataloader().dataset.samples]  # type: ignore[attr-defined]
+    files = [Path(file) for file, _ in data.test_dataloader().dataset.samples]
     figure = plt.figure(figsize=(1.05 * columns, 3.3 * len(results)), layout="constrained")
     parts = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for part, (row, shown) in zip(parts, results, strict=True):
@@ -233,7 +238,7 @@ def _draw_predictions(results: list[Any], data: ImageFolderData, path: Path, col
     _save(figure, path)
 
 
-_WRONG = "#d55e00"  # vermilion of the Okabe-Ito palette, told from black by every kind of colour vision
+_WRONG = OKABE_ITO["blue"]  # not vermilion, which marks on the same page what a model invents
 
 
 def _pyplot() -> Any:
@@ -248,7 +253,8 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
     _pyplot().close(figure)
 
 

@@ -163,6 +163,8 @@ class ShapesClassifier(ImageClassifier):
             raise ValueError(f"background_weight must be above 0 and at most 1, got {background_weight}")
         if dense_weight and (kwargs.get("mixup") or kwargs.get("cutmix")):
             raise ValueError("mixup and cutmix leave no dense targets: set dense_weight or them to 0")
+        if kwargs.get("teacher"):
+            raise ValueError("train.shapes_classifier does not distill: leave teacher out")
         super().__init__(model, class_names, preprocessing, batch_size, model_args, **kwargs)
         if dense_weight:
             width = _width(self.net, model, dense_stage, preprocessing["input_size"])

@@ -15,6 +15,14 @@ def mask_boxes(masks: Tensor) -> Tensor:
     Returns:
         float32 `[N, 4]`: (x0, y0, x1, y1) in pixels, the last two one past the end. An empty mask has the box
         of the whole image: it says nothing about where to look.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.boxes import mask_boxes
+        >>> mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+        >>> mask[0, 2:4, 1:7] = True
+        >>> mask_boxes(mask)
+        tensor([[1., 2., 7., 4.]])
     """
     sides = []
     for axis in (1, 2):  # over rows is x, over columns is y

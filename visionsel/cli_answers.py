@@ -1,7 +1,6 @@
 """How the benchmarks of `visionsel evaluate` let a model answer, with interventions and beside baselines."""
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visionsel import __version__
-from visionsel.cli_text import show_progress
+from visionsel.cli_text import Progress, writing
 
 __all__ = ["add_answering", "answer_task", "shapes_distribution"]
 
@@ -22,6 +21,7 @@ def add_answering(parser: Any, data: str) -> None:
     group.add_argument(
         "--model",
         default="embedded",
+        metavar="FOLDER",
         help="a folder (or cached name) of a vision-language model of transformers (default: the small one "
         "of the package, which knows coloured shapes)",
     )
@@ -114,11 +114,12 @@ def answer_task(options: argparse.Namespace, task: Any) -> dict[str, dict[str, A
 def _answer(options: argparse.Namespace, task: Any, out: Path) -> dict[str, dict[str, Any]]:
     import transformers
 
-    from visionsel.generation import load_lvlm, parse_methods
+    from visionsel.generation import load_lvlm, parse_methods, read_methods
     from visionsel.multimodal.evaluation import generate_all
 
     if options.max_new_tokens is not None:
         task = task.cut(options.max_new_tokens)
+    read_methods(options.prune, options.modulate, options.decode)  # found before a large model is loaded
     model, processor = load_lvlm(options.model, options.device, options.dtype)
     methods = parse_methods(model, processor, options.prune, options.modulate, options.decode)
     settings = {
@@ -131,21 +132,26 @@ def _answer(options: argparse.Namespace, task: Any, out: Path) -> dict[str, dict
     results = {}
     runs = _runs(options, methods, out)
     for number, run in enumerate(runs):
-        print(f"[{number + 1}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-        rows = generate_all(
-            model,
-            processor,
-            task.items,
-            run.path,
-            interventions=run.methods,
-            batch_size=options.batch_size,
-            max_new_tokens=task.max_new_tokens,
-            temperature=run.temperature,
-            seed=options.seed,
-            said=task.said,
-            settings=settings,
-            progress=show_progress if sys.stderr.isatty() else None,
-        )
+        name = f"[{number + 1}/{len(runs)}] {run.name}"
+        with (
+            Progress(name, step=True, shown=options.processes.first) as progress,
+            writing(run.path, alone=False),
+        ):
+            rows = generate_all(
+                model,
+                processor,
+                task.items,
+                run.path,
+                interventions=run.methods,
+                batch_size=options.batch_size,
+                max_new_tokens=task.max_new_tokens,
+                temperature=run.temperature,
+                seed=options.seed,
+                said=task.said,
+                settings=settings,
+                processes=options.processes,
+                progress=progress.count,
+            )
         results[run.name] = task.score([row[task.said] for row in rows])
     return {run.name: results[run.name] for run in [*runs[1:], runs[0]]}
 

@@ -11,36 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from visionsel.cli_answers import add_answering, answer_task, shapes_distribution
+from visionsel.cli_text import add_verb
 
 __all__ = ["add_benchmarks"]
 
-EPILOG = {
-    "chair": """examples:
-  visionsel evaluate chair llava.jsonl --instances instances_val2014.json --references captions_val2014.json
-  visionsel evaluate chair --images val2014 --instances instances_val2014.json --model llava \\
-      --modulate vhr --out vhr.jsonl""",
-    "pope": """examples:
-  visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json
-  visionsel evaluate pope --data shapes --modulate 'vhr:alpha=2,layers=(1,2,3)'""",
-    "amber": """examples:
-  visionsel evaluate amber responses.json --data AMBER/data
-  visionsel evaluate amber --data AMBER/data --images AMBER/image --model llava --part generative \\
-      --out answers.jsonl""",
-    "mme": """examples:
-  visionsel evaluate mme Your_Results
-  visionsel evaluate mme --data MME_Benchmark_release_version --model llava --decode vcd --out vcd.jsonl""",
-}
 Results = dict[str, dict[str, Any]]
 
 
 def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
     """Add the benchmarks to `evaluate`; `common` has the options of every verb."""
-    chair = evaluate.add_parser(
+    chair = add_verb(
+        evaluate,
         "chair",
-        parents=[common],
-        help="which objects captions invent (CHAIR), beside their recall and length",
-        epilog=EPILOG["chair"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+        common,
+        "which objects captions invent (CHAIR), beside their recall and length",
+        "visionsel evaluate chair llava.jsonl --instances instances_val2014.json "
+        "--references captions_val2014.json",
+        "visionsel evaluate chair --images val2014 --instances instances_val2014.json --model llava "
+        "--modulate vhr --out vhr.jsonl",
     )
     chair.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="captions: JSON lines of image_id and caption"
@@ -64,17 +52,19 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
     chair.add_argument(
         "--parser",
         default="nouns",
+        metavar="NAME",
         help="nouns, or one of published numbers: pattern (2018), wordnet (its ports) (default: nouns)",
     )
     add_answering(chair, "shapes[:DISTRIBUTION], for scenes of the shapes world instead of files")
     chair.set_defaults(run=_evaluate_chair)
 
-    pope = evaluate.add_parser(
+    pope = add_verb(
+        evaluate,
         "pope",
-        parents=[common],
-        help="whether a model says yes to objects that are not there (POPE), beside its share of yes",
-        epilog=EPILOG["pope"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+        common,
+        "whether a model says yes to objects that are not there (POPE), beside its share of yes",
+        "visionsel evaluate pope answers.jsonl --questions coco_pope_adversarial.json",
+        "visionsel evaluate pope --data shapes --modulate 'vhr:alpha=2,layers=(1,2,3)'",
     )
     pope.add_argument(
         "files",
@@ -87,12 +77,14 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
     add_answering(pope, "shapes[:DISTRIBUTION], for scenes of the shapes world instead of files")
     pope.set_defaults(run=_evaluate_pope)
 
-    amber = evaluate.add_parser(
+    amber = add_verb(
+        evaluate,
         "amber",
-        parents=[common],
-        help="what captions invent and cover, and answers about existence, attributes, relations (AMBER)",
-        epilog=EPILOG["amber"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+        common,
+        "what captions invent and cover, and answers about existence, attributes, relations (AMBER)",
+        "visionsel evaluate amber responses.json --data AMBER/data",
+        "visionsel evaluate amber --data AMBER/data --images AMBER/image --model llava --part generative "
+        "--out answers.jsonl",
     )
     amber.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="responses: JSON, or JSON lines, of id, response"
@@ -100,7 +92,9 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
     amber.add_argument(
         "--part",
         default="all",
-        help="of the queries: all, generative, discriminative, existence, attribute or relation",
+        metavar="PART",
+        help="of the queries: all, generative, discriminative, existence, attribute or relation "
+        "(default: all)",
     )
     amber.add_argument(
         "--first-word",
@@ -111,12 +105,14 @@ def add_benchmarks(evaluate: Any, common: argparse.ArgumentParser) -> None:
     add_answering(amber, "the folder with annotations.json, or shapes[:DISTRIBUTION]")
     amber.set_defaults(run=_evaluate_amber)
 
-    mme = evaluate.add_parser(
+    mme = add_verb(
+        evaluate,
         "mme",
-        parents=[common],
-        help="existence, count, position and color, two questions an image (MME)",
-        epilog=EPILOG["mme"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # examples have lines
+        common,
+        "existence, count, position and color, two questions an image (MME)",
+        "visionsel evaluate mme Your_Results",
+        "visionsel evaluate mme --data MME_Benchmark_release_version --model llava --decode vcd "
+        "--out vcd.jsonl",
     )
     mme.add_argument(
         "files",
@@ -259,7 +255,8 @@ def _evaluate_mme(options: argparse.Namespace) -> None:
 
 
 def _print(options: argparse.Namespace, results: Results, show: Callable[[Mapping[str, Any]], str]) -> None:
-    print(json.dumps(results, indent=2) if options.json else show(results))
+    if options.processes.first:
+        print(json.dumps(results, indent=2) if options.json else show(results))
 
 
 @contextmanager

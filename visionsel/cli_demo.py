@@ -7,24 +7,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_demo"]
+from visionsel.cli_text import add_verb
 
-EPILOG = "example: visionsel demo --port 7860    (then open http://127.0.0.1:7860)"
+__all__ = ["add_demo"]
 
 
 def add_demo(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb `demo` to the command; `common` has the options of every verb."""
-    demo = verbs.add_parser(
+    demo = add_verb(
+        verbs,
         "demo",
-        parents=[common],
-        help="see it in the browser: grounding, pruning and hallucination, on this machine only",
-        epilog=EPILOG,
+        common,
+        "see it in the browser: grounding, pruning and hallucination, on this machine only",
+        "visionsel demo --port 7860  # then open http://127.0.0.1:7860",
     )
     demo.add_argument(
         "--model",
         default="embedded",
-        help="a folder (or cached name) of a vision-language model of transformers (default: the small one "
-        "of the package, which knows coloured shapes)",
+        help="a folder or a name of a vision-language model of transformers, such as "
+        "llava-hf/llava-1.5-7b-hf (default: the small one of the package, which knows coloured shapes)",
     )
     demo.add_argument(
         "--segmenter",

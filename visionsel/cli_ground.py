@@ -6,29 +6,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from visionsel.cli_text import print_table
+from visionsel.cli_text import add_verb, output_file, print_table, writing
 
 __all__ = ["add_ground", "add_grounder_options", "build_grounder", "grounder_settings"]
 
-EPILOG = (
-    "examples: visionsel ground scene.png 'describe the image.' -o grounded.png | visionsel ground scene.png "
-    "'the red star' --refer --heatmap localization_heads | visionsel ground scene.png --detect --json"
-)
 _LEGIBLE = 512  # pixels that the longer side of a picture has, roughly, where the image is smaller
 
 
 def add_ground(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb `ground` to the command; `common` has the options of every verb."""
-    ground = verbs.add_parser(
+    ground = add_verb(
+        verbs,
         "ground",
-        parents=[common],
-        help="answer about an image, and say where each word of the answer is seen",
-        epilog=EPILOG,
+        common,
+        "answer about an image, and say where each word of the answer is seen",
+        "visionsel ground scene.png 'describe the image.' -o grounded.png",
+        "visionsel ground scene.png 'the red star' --refer --heatmap localization_heads",
+        "visionsel ground scene.png --detect --json",
+        "visionsel ground photo.jpg --detect --model llava --segmenter sam:vit_b --checkpoint sam_vit_b.pth",
     )
     ground.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
     ground.add_argument(
         "question",
         nargs="?",
+        metavar="QUESTION",
         help="what to ask; with --refer an expression such as 'the left dog'; with --detect it can be left "
         "out, and ten questions that list objects are asked",
     )
@@ -38,7 +39,7 @@ def add_ground(verbs: Any, common: argparse.ArgumentParser) -> None:
     ground.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=output_file(),
         metavar="PICTURE",
         help="draw masks, boxes and names of the objects; small images are enlarged to make names legible",
     )
@@ -53,6 +54,7 @@ def add_grounder_options(parser: Any) -> None:
     group.add_argument(
         "--model",
         default="embedded",
+        metavar="FOLDER",
         help="a folder (or cached name) of a vision-language model of transformers (default: the small one "
         "of the package, which knows coloured shapes)",
     )
@@ -146,6 +148,7 @@ def grounder_settings(options: argparse.Namespace, grounder: Any) -> dict[str, A
 
 def _ground(options: argparse.Namespace) -> None:
     from visionsel.files import whole_file
+    from visionsel.generation import open_image
     from visionsel.multimodal.grounding.results import Grounding
 
     if options.question is None and not options.detect:
@@ -154,6 +157,7 @@ def _ground(options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not options.image.is_file():
         raise FileNotFoundError(f"there is no image {options.image}")
+    open_image(options.image)  # what is no image is found before large models are loaded
     grounder = build_grounder(options)
     limit = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
     if options.refer:
@@ -171,9 +175,9 @@ def _ground(options: argparse.Namespace) -> None:
     else:
         _show(result.answer, words, options)
     if options.out is not None:
-        scale = max(1, _LEGIBLE // max(result.image.size))
-        with whole_file(options.out) as partial:
-            result.plot(scale=scale).save(partial)
+        picture = result.plot(scale=max(1, _LEGIBLE // max(result.image.size)))
+        with writing(options.out), whole_file(options.out) as partial:
+            picture.save(partial)
 
 
 def _record(word: Any) -> dict[str, Any]:

@@ -6,29 +6,26 @@ Lines are written as they come (`--out`), and a run that was stopped goes on fro
 import argparse
 import json
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from visionsel import __version__
 from visionsel.cli_ground import add_grounder_options, build_grounder, grounder_settings
-from visionsel.cli_text import print_table, show_progress
+from visionsel.cli_text import Progress, add_verb, output_file, print_table, writing
 
 __all__ = ["add_grounding"]
 
-EPILOG = {
-    "refcoco": "example: visionsel evaluate refcoco --data refcoco --images train2014 --split testA --model "
-    "llava --segmenter hf:sam2.1 --heatmap localization_heads --out rows.jsonl",
-    "png": "example: visionsel evaluate png --data png --images val2017 --model llava --out rows.jsonl",
-    "coco": "example: visionsel evaluate coco --data instances_val2017.json --images val2017 --model llava "
-    "--clip ViT-L-14:openai --out rows.jsonl --results detections.json",
-    "lvis": "example: visionsel evaluate lvis --data lvis_v1_minival.json --images val2017 --model llava "
-    "--clip ViT-L-14:openai --out rows.jsonl",
-    "coda": "example: visionsel evaluate coda --data annotations.json --images images --corner-cases "
-    "--model llava --out rows.jsonl",
-    "vizwiz-grounding": "example: visionsel evaluate vizwiz-grounding --data vizwiz --images val --model "
-    "llava --out rows.jsonl",
+EXAMPLES = {
+    "refcoco": "refcoco --data refcoco --images train2014 --split testA --model llava --segmenter hf:sam2.1 "
+    "--heatmap localization_heads --out rows.jsonl",
+    "png": "png --data png --images val2017 --model llava --out rows.jsonl",
+    "coco": "coco --data instances_val2017.json --images val2017 --model llava --clip ViT-L-14:openai "
+    "--out rows.jsonl --results detections.json",
+    "lvis": "lvis --data lvis_v1_minival.json --images val2017 --model llava --clip ViT-L-14:openai "
+    "--out rows.jsonl",
+    "coda": "coda --data annotations.json --images images --corner-cases --model llava --out rows.jsonl",
+    "vizwiz-grounding": "vizwiz-grounding --data vizwiz --images val --model llava --out rows.jsonl",
 }
 BASELINES = ("points", "center")
 
@@ -37,9 +34,7 @@ def add_grounding(evaluate: Any, common: argparse.ArgumentParser) -> None:
     """Add the benchmarks to `evaluate`; `common` has the options of every verb."""
 
     def add(name: str, help: str, data: str, run: Any) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = evaluate.add_parser(
-            name, parents=[common], help=help, epilog=EPILOG[name]
-        )
+        parser = add_verb(evaluate, name, common, help, f"visionsel evaluate {EXAMPLES[name]}")
         parser.add_argument("--data", type=Path, required=True, metavar="PATH", help=data)
         parser.add_argument(
             "--images", type=Path, required=True, metavar="DIR", help="the folder of the images"
@@ -53,7 +48,9 @@ def add_grounding(evaluate: Any, common: argparse.ArgumentParser) -> None:
         "the folder with instances.json and the file of refs",
         _refcoco,
     )
-    refcoco.add_argument("--split", default="val", help="such as val, testA, testB, test (default: val)")
+    refcoco.add_argument(
+        "--split", default="val", metavar="NAME", help="such as val, testA, testB, test (default: val)"
+    )
     refcoco.add_argument("--refs", metavar="NAME", help="the file of refs, where the folder has several")
     refcoco.add_argument(
         "--sentences",
@@ -67,7 +64,7 @@ def add_grounding(evaluate: Any, common: argparse.ArgumentParser) -> None:
         "the folder with png_coco_SPLIT.json and panoptic_SPLIT.json",
         _png,
     )
-    png.add_argument("--split", default="val2017", help="default: val2017")
+    png.add_argument("--split", default="val2017", metavar="NAME", help="default: val2017")
     png.add_argument("--prompt", metavar="TEXT", help="what the captions are taken to answer")
     for name, text in (
         ("coco", "open-ended detection: COCO's AP of boxes and masks"),
@@ -82,7 +79,9 @@ def add_grounding(evaluate: Any, common: argparse.ArgumentParser) -> None:
             help='asked about each view (default: ten; "model": the model writes its own)',
         )
         detection.add_argument("--no-crops", action="store_true", help="do not look at quarters of the image")
-        detection.add_argument("--results", type=Path, metavar="FILE", help="write COCO results (JSON)")
+        detection.add_argument(
+            "--results", type=output_file(".json"), metavar="FILE", help="write COCO results (JSON)"
+        )
         if name == "coda":
             detection.add_argument(
                 "--corner-cases", action="store_true", help="count objects that are marked as such alone"
@@ -95,9 +94,9 @@ def add_grounding(evaluate: Any, common: argparse.ArgumentParser) -> None:
         "the folder with SPLIT_grounding.json",
         _vizwiz,
     )
-    vizwiz.add_argument("--split", default="val", help="default: val")
+    vizwiz.add_argument("--split", default="val", metavar="NAME", help="default: val")
     vizwiz.add_argument("--prompt", metavar="TEXT", help="what to say, {} is where the question stands")
-    for name in EPILOG:
+    for name in EXAMPLES:
         _add_running(evaluate.choices[name])
 
 
@@ -219,25 +218,35 @@ def _run(options: argparse.Namespace, task: Any, **more: Any) -> None:
         "visionsel": __version__,
         "transformers": transformers.__version__,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        rows = ground_all(
-            grounder,
-            task,
-            options.out or Path(folder) / "rows.jsonl",
-            batch_size=options.batch_size,
-            seed=options.seed,
-            settings=settings,
-            progress=show_progress if sys.stderr.isatty() else None,
-        )
-    scores = task.score(rows)
+    shown = Progress(options.evaluation, shown=options.processes.first)
+    with tempfile.TemporaryDirectory() as folder, shown as progress:
+        path = options.out or Path(folder) / "rows.jsonl"
+        with writing(path, alone=False):
+            rows = ground_all(
+                grounder,
+                task,
+                path,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                settings=settings,
+                processes=options.processes,
+                progress=progress.count,
+            )
+    if not options.processes.first:
+        return
+    _show(options, task.protocol, task.score(rows))
     if getattr(options, "results", None) is not None:
-        write_json(task.results(rows), options.results)
+        with writing(options.results):
+            write_json(task.results(rows), options.results)
+
+
+def _show(options: argparse.Namespace, protocol: str, scores: dict[str, Any]) -> None:
     method = options.baseline or options.heatmap
     if options.json:
-        result = {"benchmark": options.evaluation, "method": method, "protocol": task.protocol, **scores}
+        result = {"benchmark": options.evaluation, "method": method, "protocol": protocol, **scores}
         print(json.dumps(_finite(result), indent=2))
         return
-    print(f"{options.evaluation}, {task.protocol}\nprompts from: {method}\n")
+    print(f"{options.evaluation}, {protocol}\nprompts from: {method}\n")
     tables = {name: value for name, value in scores.items() if isinstance(value, dict)}
     plain = {name: value for name, value in scores.items() if name not in tables}
     print_table(list(plain), [[_number(value) for value in plain.values()]])

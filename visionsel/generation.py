@@ -1,14 +1,19 @@
 """Answers of vision-language models about an image, with interventions or without: `visionsel generate`."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-__all__ = ["Answer", "generate_answer", "load_lvlm", "open_image", "parse_methods"]
+from visionsel.devices import choose_device
+from visionsel.names import near
+
+__all__ = ["Answer", "generate_answer", "load_lvlm", "open_image", "parse_methods", "read_methods"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,16 @@ def load_lvlm(name: str = "embedded", device: str | None = None, dtype: str | No
     Raises:
         ImportError: without the extra "multimodal".
         OSError: when there is no such model.
-        ValueError: for a dtype that torch does not have.
+        ValueError: for a dtype that torch does not have, or a device that this machine does not.
     """
     precision = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
     if dtype not in (None, "auto") and not (
         isinstance(precision, torch.dtype) and precision.is_floating_point
     ):
-        raise ValueError(f"dtype must be one of torch such as bfloat16, or auto; got {dtype!r}")
+        raise ValueError(
+            f"dtype must be one of torch such as bfloat16, float16 or float32, or auto; got {dtype!r}"
+        )
+    where = choose_device(device)
     import visionsel.multimodal  # noqa: F401  (names the extra where transformers is missing)
 
     if name == "embedded":
@@ -62,12 +70,29 @@ def load_lvlm(name: str = "embedded", device: str | None = None, dtype: str | No
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            model = AutoModelForImageTextToText.from_pretrained(name)
-            processor = AutoProcessor.from_pretrained(name)
+            with _bars_for_eyes_alone():
+                model = AutoModelForImageTextToText.from_pretrained(name)
+                processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:  # also for a folder that is not there
-            raise OSError(f"no vision-language model of transformers is at {name!r}: {error}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().to(device, precision), processor
+            raise OSError(
+                f"no vision-language model of transformers is at {name!r}{near(name, ['embedded'])}: {error}"
+            ) from error
+    return model.eval().to(where, precision), processor
+
+
+@contextmanager
+def _bars_for_eyes_alone() -> Iterator[None]:
+    """Bars of transformers are for terminals, not for files."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()
@@ -99,6 +124,18 @@ def generate_answer(
         FileNotFoundError: when there is no such image.
         ValueError: for a file that is no image, an unknown method, or one that does not fit the model or
             does not go together with the others.
+
+    Examples:
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.generation import generate_answer, load_lvlm
+        >>> scene = ShapesWorld("balanced", seed=1)[0]
+        >>> model, processor = load_lvlm(device="cpu")
+        >>> prune = ["fastv:keep=0.5,layer=1"]
+        >>> result = generate_answer(model, processor, scene.image, "describe the image.", prune)
+        >>> result.answer
+        'a large cyan heart and a large orange triangle and a large orange triangle on a plain background'
+        >>> result.report.visual_tokens
+        (64.0, 32.0, 32.0, 32.0)
     """
     from visionsel.multimodal.intervention import Stack
     from visionsel.multimodal.prompts import chat_inputs, user_turn
@@ -132,15 +169,27 @@ def parse_methods(
     Raises:
         ValueError: for an unknown method or hyperparameter.
     """
+    methods = read_methods(prune, modulate, decode)
+    if decode is not None:
+        methods[-1] = _with_view(methods[-1], model, processor)
+    return methods
+
+
+def read_methods(
+    prune: Sequence[str] = (), modulate: Sequence[str] = (), decode: str | None = None
+) -> list[Any]:
+    """The interventions of `parse_methods`, as they are before they know of a model.
+
+    Raises:
+        ValueError: for an unknown method or hyperparameter.
+    """
     from visionsel.multimodal.decoding import DECODERS
     from visionsel.multimodal.intervention import parse
     from visionsel.multimodal.modulation import MODULATORS
     from visionsel.multimodal.pruning import PRUNERS
 
     methods = [parse(text, PRUNERS) for text in prune] + [parse(text, MODULATORS) for text in modulate]
-    if decode is not None:
-        methods.append(_with_view(parse(decode, DECODERS), model, processor))
-    return methods
+    return methods if decode is None else [*methods, parse(decode, DECODERS)]
 
 
 def _with_view(decoder: Any, model: Any, processor: Any) -> Any:
@@ -189,5 +238,5 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not an image, or is cut off") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's formats raise
+        raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error

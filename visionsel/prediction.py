@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
+
+from visionsel.devices import choose_device
+from visionsel.generation import open_image
+from visionsel.names import near
 
 
 @dataclass
@@ -33,7 +36,8 @@ def load_classifier(
         device: default cuda if there is one, else cpu.
 
     Raises:
-        ValueError: when the model has no released weights, or file and model do not fit.
+        ValueError: when the model has no released weights, file and model do not fit, or this machine has no
+            such device.
         FileNotFoundError: when there is no such checkpoint.
     """
     import timm
@@ -43,6 +47,9 @@ def load_classifier(
 
     if name is None and checkpoint is None:
         raise ValueError("name a model with --model, or a training checkpoint with --checkpoint")
+    chosen = choose_device(device)
+    if name is not None:
+        _check_name(name)
     if checkpoint is not None and not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     model: Any
@@ -68,15 +75,29 @@ def load_classifier(
         labels = _imagenet_labels(model.num_classes)
     else:
         cfg = timm.get_pretrained_cfg(str(name))
-        if cfg is None:
-            raise ValueError(f"unknown model {name!r}; 'visionsel models' lists ours, timm.list_models() all")
-        if not cfg.has_weights:
+        if cfg is None or not cfg.has_weights:
             raise ValueError(f"no weights of {name} were released; give your own with --checkpoint")
         model = timm.create_model(str(name), pretrained=True)
         labels = _imagenet_labels(model.num_classes)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     return Classifier(model.eval().to(chosen), transform, labels, chosen)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know, with those near it."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if ":" in name:  # of another place, as hf-hub:NAME
+        return
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"unknown model {name!r}{near(architecture, timm.list_models())}; "
+            "'visionsel models' lists ours, timm.list_models() all"
+        )
+    releases = timm.list_models(f"{architecture}.*", include_tags=True)
+    if tag and name not in releases:
+        raise ValueError(f"unknown release {name!r}; {architecture} has {', '.join(releases) or 'none'}")
 
 
 def predict_images(classifier: Classifier, paths: Sequence[Path], topk: int = 5) -> list[dict[str, Any]]:
@@ -90,7 +111,7 @@ def predict_images(classifier: Classifier, paths: Sequence[Path], topk: int = 5)
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, got {topk}")
-    inputs = [classifier.transform(_open_image(path)) for path in paths]
+    inputs = [classifier.transform(open_image(path)) for path in paths]
     results = []
     for path, image in zip(paths, inputs, strict=True):
         with torch.inference_mode():
@@ -116,15 +137,6 @@ def _read_training_checkpoint(path: Path) -> dict[str, Any] | None:
         ) from error
     wanted = {"hyper_parameters", "state_dict"}
     return checkpoint if isinstance(checkpoint, dict) and wanted <= checkpoint.keys() else None
-
-
-def _open_image(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not an image that Pillow can read: {error}") from error
 
 
 def _imagenet_labels(num_classes: int) -> list[str]:

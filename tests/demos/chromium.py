@@ -1,5 +1,6 @@
 """A headless Chromium for tests, driven over a pipe by its own protocol; nothing else is needed."""
 
+import base64
 import json
 import os
 import select
@@ -15,8 +16,10 @@ __all__ = ["Chromium", "find_chromium"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIET = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
+    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"  # a camera that shows a clock
 ).split()
+KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowRight": 39, "Delete": 46}
 
 
 def find_chromium() -> str | None:
@@ -25,14 +28,14 @@ def find_chromium() -> str | None:
 
 
 class Chromium:
-    """One page.
+    """A browser with one page.
 
     Attributes:
-        errors: what the console said of errors, and exceptions of the page.
-        addresses: of all requests.
+        errors: what the console said of errors, and exceptions of the page, since it was opened.
+        addresses: of all requests since then.
     """
 
-    def __init__(self, program: str, folder: Path, width: int, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, program: str, folder: Path) -> None:
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
 
@@ -59,10 +62,17 @@ class Chromium:
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+
+    def open(self, address: str, width: int, height: int = 900, dark: bool = False) -> None:
+        """Leave the page, and open another one of a size in pixels."""
+        self.send("Page.navigate", url="about:blank")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.errors.clear()
+        self.addresses.clear()
+        self.send("Page.navigate", url=address)
 
     def send(self, method: str, **parameters: Any) -> Any:
         """Send a command and wait for its result; what is told in between is noted."""
@@ -117,6 +127,35 @@ class Chromium:
         ):
             at = {"x": x, "y": y, "button": button, "buttons": held}
             self.send("Input.dispatchMouseEvent", type=kind, clickCount=held or 1, **at)
+
+    def press(self, key: str) -> None:
+        """Press a key, one of `KEYS`."""
+        about = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **about, **text)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def type(self, element: str, text: str) -> None:
+        """Put text into what an expression gives, in place of what was there."""
+        self.click(element)
+        self.run(f"({element}).select()")
+        if text:
+            self.send("Input.insertText", text=text)
+        else:
+            self.press("Delete")
+
+    def upload(self, element: str, path: Path) -> None:
+        """Choose a file for the input of files that an expression gives."""
+        self.wait(f"!!({element})")
+        found = self.send("Runtime.evaluate", expression=element)["result"]["objectId"]
+        self.send("DOM.setFileInputFiles", files=[str(path)], objectId=found)
+
+    def screenshot(self, path: Path) -> None:
+        """Write a picture of the whole page, PNG."""
+        width, height = self.run("[innerWidth, Math.ceil(document.documentElement.scrollHeight)]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        told = self.send("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(told["data"]))
 
     def download(self, folder: Path, press: Callable[[], None]) -> Path:
         """The file that a press of something brings."""

@@ -2,8 +2,11 @@
 
 import html
 import json
+import re
 import time
+import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +25,13 @@ gr = pytest.importorskip("gradio", reason='the demos need Gradio: pip install "v
 gradio_client = pytest.importorskip("gradio_client")
 
 from demos import inputs  # noqa: E402
-from demos.app import build_app  # noqa: E402
+from demos.app import ABOUT, build_app  # noqa: E402
 from demos.examples import known_objects, scenes  # noqa: E402
 from demos.grounding import ask_in_pieces, ground, heatmap_choices, word_pieces  # noqa: E402
 from demos.hallucination import answer_with, head_table, mark_invented, remedy_names  # noqa: E402
 from demos.head_maps import draw_head_maps  # noqa: E402
 from demos.models import Models, load_models  # noqa: E402
-from demos.page import served  # noqa: E402
+from demos.page import DOCS, served  # noqa: E402
 from demos.pruning import compare, pruner_names  # noqa: E402
 from demos.sessions import Session, Sessions  # noqa: E402
 
@@ -37,6 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
+ROOT = Path(__file__).parents[2]
 FAST = "mean"
 COUNT = "how many objects are there?"
 
@@ -53,7 +57,8 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def page(models: Models) -> Iterator[Any]:
-    with served(lambda: build_app(models.model, models.processor, models.segmenter)) as made:
+    parts = models.model, models.processor, models.segmenter
+    with served(lambda: build_app(*parts, segmenter_name=models.segmenter_name)) as made:
         yield made
 
 
@@ -152,6 +157,15 @@ def test_another_model_needs_nothing_that_was_chosen_for_the_embedded_one(
     models.processor.save_pretrained(tmp_path / "other")
     other = load_models(str(tmp_path / "other"), device="cpu")
     assert (models.embedded, other.embedded, other.name) == (True, False, "other")
+    size, small = (
+        sum(one.numel() for one in model.parameters()) for model in (models.model, models.segmenter.model)
+    )
+    assert models.facts == {
+        "model": f"the embedded LLaVA, {size / 1e6:.3g} M parameters",
+        "segmenter": f"the embedded SAM, {small / 1e3:.3g} k parameters",
+        "on": "cpu, float32",
+    }
+    assert other.facts["model"] == f"other, {size / 1e6:.3g} M parameters"
     assert set(remedy_names(models)) - set(remedy_names(other)) == {"grounding_heads", "agla", "act"}
     assert not any("embedded" in name or name == "mask_head" for _, name in heatmap_choices(other))
     assert ground(other, scene, COUNT, heatmap_choices(other)[0][1])["answer"] == "three"
@@ -241,7 +255,10 @@ def test_a_page_keeps_few_files_of_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_visitors_at_once_are_answered_one_after_the_other(page: Any, scene: str, models: Models) -> None:
+def test_ten_visitors_at_once_are_answered_one_after_the_other(
+    page: Any, scene: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # visitors who left are noticed at once, not in 15 s
     expected = json.loads(json.dumps(ground(models, scene, COUNT, heatmap_choices(models)[0][1])))
     clients = [connect(page) for _ in range(10)]
     jobs = [client.submit(gradio_client.handle_file(scene), COUNT, api_name="/ground") for client in clients]
@@ -293,6 +310,16 @@ def test_the_page_has_one_endpoint_and_names_no_other_host(page: Any) -> None:
         "/ground"
     ]
     config = page.get_config_file()
+    assert config["title"] == "visionsel: grounding, pruning, hallucination"
+    words = " ".join(str(one["props"].get("value")) for one in config["components"] if one["type"] == "html")
+    for text in ("the embedded LLaVA, ", "the embedded SAM, ", "cpu, float32", *ABOUT.values()):
+        assert text in words
+    links = re.findall('href="(.*?)" target="_blank" rel="noopener noreferrer"', words)
+    assert links == [DOCS, *(f"{DOCS}/{name.lower()}.md" for name in ABOUT)]
+    assert words.count("href=") == len(links)
+    assert all((ROOT / "docs" / Path(link).name).is_file() for link in links[1:])
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Documentation"] == DOCS
     assert config["analytics_enabled"] is False
     assert page.share_url is None
     assert page.local_url.startswith("http://127.0.0.1:")
@@ -302,6 +329,40 @@ def test_the_page_has_one_endpoint_and_names_no_other_host(page: Any) -> None:
         "Pruning",
         "Hallucination",
     ]
+
+
+def test_each_tab_is_a_page_of_its_own(models: Models) -> None:
+    parts = models.model, models.processor, models.segmenter
+    for name in ABOUT:
+        config = build_app(*parts, tabs=(name,)).get_config_file()
+        assert config["title"] == f"visionsel: {name.lower()}"
+        tabs = [one["props"]["label"] for one in config["components"] if one["type"] == "tabitem"]
+        assert tabs == [name]
+    with pytest.raises(ValueError, match="there is no tab 'Pruned'"):
+        build_app(*parts, tabs=("Pruned",))
+
+
+def test_the_page_is_shared_only_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = []
+
+    @contextmanager
+    def serve_nothing(make: Any, port: int | None, share: bool) -> Iterator[Any]:
+        shared.append(share)
+        yield SimpleNamespace(local_url="http://127.0.0.1:7860/")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("demos.page.served", serve_nothing)
+    waiting = SimpleNamespace(Event=lambda: SimpleNamespace(wait=interrupt))
+    monkeypatch.setattr("demos.page.threading", waiting)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for arguments, words in (([], "for this machine alone"), (["--share"], "whoever has the public link")):
+        main(["demo", "--device", "cpu", *arguments])
+        assert words in capsys.readouterr().out
+    assert shared == [False, True]
 
 
 def test_the_command_refuses_a_port_and_a_model_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,16 +174,6 @@ def test_it_compiles_into_one_graph() -> None:
     torch.testing.assert_close(out, model(image), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_one_export_serves_every_batch_and_size() -> None:
-    model = toy(**TWO_STAGES).eval()
-    sizes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 72),), dynamic_shapes=sizes).module()
-    for shape in ((2, 3, 64, 72), (1, 3, 50, 70), (3, 3, 96, 33)):
-        image = torch.randn(*shape)
-        torch.testing.assert_close(program(image), model(image), rtol=0, atol=1e-5)
-
-
 def authors_names(model: BiFormer) -> dict[str, torch.Tensor]:
     """A state dict as the authors' code would save it for the toy model."""
     state = {}

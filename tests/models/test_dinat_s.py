@@ -193,14 +193,3 @@ def test_it_compiles_into_one_graph() -> None:
     with torch.no_grad():
         out = torch.compile(model, fullgraph=True)(image)
         torch.testing.assert_close(out, model(image), rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_one_export_serves_batches_and_images_of_every_size() -> None:
-    model = toy(num_classes=5)
-    dynamic = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=dynamic).module()
-        for shape in ((1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 224, 160), (1, 3, 448, 512)):
-            image = torch.randn(shape)
-            torch.testing.assert_close(program(image), model(image), rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """`visionsel generate`, `evaluate pruning` and `evaluate hallucination`, as a shell would call them."""
 
 import csv
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def test_generate_prunes_by_one_or_several_methods_and_draws_it(
     command = ["generate", str(scene), CAPTION_PROMPT, "--model", str(WEIGHTS / "lvlm"), "--device", "cpu"]
     pruners = ["--prune", "random:keep=0.5,seed=1", "fastv:keep=8,layer=2"]
     assert main([*command, *pruners, "--out", str(out), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    result = json.loads(captured.out)
     assert result["report"]["visual_tokens"] == [32, 32, 8, 8]
     assert result["report"]["cache_ratio"] < result["report"]["flops_ratio"] + 0.1 < 0.7
     with Image.open(scene) as image, RandomPrune(0.5, seed=1)(model := load_lvlm()[0]), FastV(8, 2)(model):
@@ -124,7 +127,11 @@ def test_an_answer_is_cut_where_asked(scene: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["missing.png", "hello"], "no image at missing.png"),
-        (["TEXT", "hello"], "is not an image"),
+        (["TEXT", "hello"], "text.png is not an image that Pillow can read"),
+        (["SCENE", " "], "the prompt is empty; say something, such as 'describe the image.'"),
+        (["SCENE", "hello", "--dtype", "int8"], "bfloat16, float16 or float32, or auto; got 'int8'"),
+        (["SCENE", "hello", "--dtype", "float33"], "dtype must be one of torch such as bfloat16"),
+        (["SCENE", "hello", "--model", "embeded"], "at 'embeded'; near it is embedded: "),
         (
             ["SCENE", "hello", "--prune", "fastw"],
             "no method is called 'fastw'; there are random, uniform, fastv",
@@ -161,7 +168,56 @@ def test_what_cannot_be_answered_is_said_in_one_line(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
-    assert "Traceback" not in captured.err
+    assert captured.err.startswith("visionsel generate: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_what_is_wrong_is_found_before_a_model_is_loaded(
+    scene: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*named: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("visionsel.generation.load_lvlm", load)
+    for arguments in (["missing.png", "hello"], [str(scene), ""], [str(scene), "hello", "--decode", "magic"]):
+        assert main(["generate", *arguments]) == 1
+        assert "loaded" not in capsys.readouterr().err
+    assert main(["evaluate", "pope", "--data", "shapes", "--limit", "1", "--prune", "magic"]) == 1
+    assert "no method is called 'magic'" in capsys.readouterr().err
+
+
+def test_an_answer_is_printed_though_its_picture_cannot_be_written(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(scene), CAPTION_PROMPT, "--device", "cpu", "--json"]
+    assert main([*command, "--out", str(scene / "kept.png")]) == 1
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)["answer"]
+    assert answer
+    assert captured.err == f"visionsel generate: cannot write {scene / 'kept.png'}: {scene} is no folder\n"
+
+    def fill(self: Image.Image, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    out = tmp_path / "kept.png"
+    assert main([*command, "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["answer"] == answer
+    assert captured.err == f"visionsel generate: cannot write {out}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == [scene]
+
+
+def test_a_table_is_printed_though_it_cannot_be_written(
+    scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "pruning", "--methods", "random", "--keep", "1", "--size", "1", "--device", "cpu"]
+    assert main([*command, "--csv", str(scene / "table.csv"), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert [row["method"] for row in json.loads(captured.out)] == ["none", "random"]
+    error = f"visionsel evaluate pruning: cannot write {scene / 'table.csv'}: {scene} is no folder"
+    assert captured.err.splitlines()[-1] == error
 
 
 def test_evaluate_pruning_prints_and_writes_a_table_and_a_plot(

@@ -5,11 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch.nn.functional import cross_entropy
 
+from tests.train.conftest import SMALL
 from train.classification import ClassificationCLI, ImageClassifier, main
-from train.image_data import ImageFolderData
+from train.classifier_net import build_classifier
+from train.image_data import ImageFolderData, read_class_names
 
 
 def fit(config: Path, *options: str) -> ClassificationCLI:
@@ -210,6 +213,85 @@ def test_a_checkpoint_of_the_same_classes_keeps_its_classifier(trained, tmp_path
     cli = fit(config, "--trainer.max_epochs", "1", "--model.lr", "1e-9")
     torch.testing.assert_close(cli.model.net.head.fc.weight, weights["net.head.fc.weight"], rtol=0, atol=1e-6)
     assert "state_dict" not in cli.model.net.pretrained_cfg
+
+
+@pytest.fixture
+def five_classes(tmp_path: Path) -> tuple[str, str]:
+    """A release of five classes, two of them ours, and the names of the five."""
+    torch.manual_seed(1)
+    net = timm.create_model(SMALL["model"], num_classes=5, **SMALL["model_args"])
+    state = {key.replace("head.fc.", "head."): value for key, value in net.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "five.pth")
+    (tmp_path / "five.txt").write_text("wasp\nbee\nyak\nant\nzebra\n")
+    return str(tmp_path / "five.pth"), str(tmp_path / "five.txt")
+
+
+def test_a_release_of_other_classes_starts_a_classifier_afresh_or_keeps_the_rows_of_ours(
+    five_classes,
+) -> None:
+    checkpoint, names = five_classes
+    weights = torch.load(checkpoint, weights_only=True)["model"]
+    ours, preprocessing = ["ant", "bee", "cat"], {"input_size": (3, 32, 32)}
+
+    def build(**options) -> torch.nn.Module:
+        return build_classifier(SMALL["model"], ours, preprocessing, SMALL["model_args"], **options)
+
+    fresh = build(checkpoint=checkpoint)
+    kept = build(checkpoint=checkpoint, checkpoint_classes=names)
+    for net in (fresh, kept):
+        torch.testing.assert_close(net.stem[0].weight, weights["stem.0.weight"])
+        assert net.num_classes == net.head.fc.out_features == 3
+    torch.testing.assert_close(kept.head.fc.weight[:2], weights["head.weight"][[3, 1]])
+    torch.testing.assert_close(kept.head.fc.bias[:2], weights["head.bias"][[3, 1]])
+    for net in (fresh, kept):
+        distance = (net.head.fc.weight[2] - weights["head.weight"]).abs().amax(1)
+        assert distance.min() > 1e-3
+
+    Path(names).write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(ValueError, match="name none of ours, such as ant"):
+        build(checkpoint=checkpoint, checkpoint_classes=names)
+    Path(names).write_text("ant\nbee\n")
+    with pytest.raises(ValueError, match=r"has 5 classes, checkpoint_classes .* names 2"):
+        build(checkpoint=checkpoint, checkpoint_classes=names)
+    with pytest.raises(ValueError, match="give checkpoint or pretrained"):
+        build(checkpoint_classes=names)
+    Path(names).write_text("ant\nant\n")
+    with pytest.raises(ValueError, match="names a class twice"):
+        read_class_names(names)
+
+
+def test_the_classes_of_imagenet_22k_hold_all_but_one_of_those_of_1k() -> None:
+    few, many = read_class_names("imagenet-1k"), read_class_names("imagenet-22k")
+    assert (len(few), len(many)) == (1000, 21841)
+    assert set(few) - set(many) == {"n04399382"}
+    assert few == sorted(few)  # as class folders are
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_finetuned_at_a_higher_resolution(tmp_path, write_config) -> None:
+    model = {"model": "test_vit", "model_args": {}, "lr": 1e-9, "layer_decay": 0.7, "ema_decay": 0.9}
+    small = write_config("small.yaml", model={"model": "test_vit", "model_args": {}})
+    fit(small, "--trainer.max_epochs", "1")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    config = write_config("large.yaml", model=model, data={"image_size": 64}, output=str(tmp_path / "large"))
+    cli = fit(config, "--trainer.max_epochs", "1", "--model.checkpoint", str(checkpoint))
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]
+    after = cli.model.state_dict()
+    assert before["net.pos_embed"].shape[1] < after["net.pos_embed"].shape[1]
+    name = "net.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_loss(tmp_path, write_config) -> None:
+    found = []
+    for number, checkpointing in enumerate((False, True)):
+        config = write_config(output=str(tmp_path / f"{number}"), model={"grad_checkpointing": checkpointing})
+        cli = fit(config, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3")
+        assert all(stage.grad_checkpointing == checkpointing for stage in cli.model.net.stages)
+        found.append(rows(tmp_path / f"{number}", "train/loss_step"))
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
 
 
 def test_the_model_knows_how_its_images_were_prepared(trained) -> None:

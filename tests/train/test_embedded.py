@@ -24,7 +24,9 @@ def test_there_is_a_job_for_every_model_and_its_configuration() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_once_measured_and_compared(tmp_path, capsys) -> None:
+def test_a_model_is_trained_once_measured_and_compared_and_goes_on_when_it_was_stopped(
+    tmp_path, capsys
+) -> None:
     arguments = ["--output", str(tmp_path), "--models", "classifier_nat", "--jobs", "1", "--size", "10"]
     job = Job("classifier_nat", "train.shapes_classifier", "nat")
     train_one(job, tmp_path / "seed0", 0, SHORT)
@@ -43,19 +45,13 @@ def test_a_model_is_trained_once_measured_and_compared(tmp_path, capsys) -> None
     )
     assert metrics["times"]["classifier_nat"] == spent
 
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on(tmp_path, capsys) -> None:
-    job = Job("classifier_nat", "train.shapes_classifier", "nat")
-    train_one(job, tmp_path, 0, SHORT)
-    run = tmp_path / "classifier_nat"
-    before = json.loads((run / "time.json").read_text())["seconds"]
+    run, weights = tmp_path / "seed0" / "classifier_nat", tmp_path / "seed0" / "weights"
     shutil.rmtree(run / "export")
-    shutil.rmtree(tmp_path / "weights")
-    train_one(job, tmp_path, 0, [*SHORT, "--trainer.max_epochs", "3"])
+    shutil.rmtree(weights)
+    train_one(job, tmp_path / "seed0", 0, [*SHORT, "--trainer.max_epochs", "3"])
     assert "goes on" in capsys.readouterr().out
-    assert json.loads((run / "time.json").read_text())["seconds"] > before
-    assert (tmp_path / "weights" / "classifier_nat" / "model.safetensors").is_file()
+    assert json.loads((run / "time.json").read_text())["seconds"] > spent["seconds"]
+    assert (weights / "classifier_nat" / "model.safetensors").is_file()
 
 
 def test_a_program_that_fails_is_named_with_its_last_line(tmp_path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["EpochSampler", "ResumableLoader", "SeededDataset", "seed_generators", "seeded"]
+__all__ = ["EpochSampler", "EvenSampler", "ResumableLoader", "SeededDataset", "seed_generators", "seeded"]
 
 Key = tuple[int, int, int]
 
@@ -104,6 +104,26 @@ class EpochSampler(DistributedSampler[Any]):
         for turn in range(skip, self.length):
             position = turn * self.num_replicas + self.rank
             yield self.epoch, position, int(order[position])
+
+
+class EvenSampler(DistributedSampler[Any]):
+    """Each index once on one of the devices; -1 fills up those with fewer, so that all take equally many.
+
+    PyTorch's own gives some indices twice, which a measure would count twice; and devices that run out before
+    others would hold up those that exchange something in every forward pass.
+
+    Args:
+        dataset: its length counts.
+        num_replicas, rank: the devices and which one this is.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        for index in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
+            yield index if index < size else -1
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -27,10 +27,7 @@ _KEYS = ("model", "model_args", "label_names", "input_size", "mean", "std", "int
 def load_classifier(name: str = "selectformer", folder: str | Path | None = None) -> nn.Module:
     """A trained classifier of single shapes, in eval mode.
 
-    Its `pretrained_cfg` says how images are prepared and what the classes are called::
-
-        transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-        names = model.pretrained_cfg["label_names"]
+    Its `pretrained_cfg` says how images are prepared and what the classes are called.
 
     Args:
         name: "biformer", "nat" or "selectformer".
@@ -40,6 +37,17 @@ def load_classifier(name: str = "selectformer", folder: str | Path | None = None
     Raises:
         ValueError: for an unknown name, a configuration that is not whole, or weights that do not fit it.
         FileNotFoundError: when a file is missing.
+
+    Examples:
+        >>> import timm, torch
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.embedded import load_classifier
+        >>> sample = ShapesWorld("balanced", seed=1, max_objects=1)[0]
+        >>> model = load_classifier("nat")
+        >>> transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+        >>> names = model.pretrained_cfg["label_names"]
+        >>> names[model(transform(sample.image)[None]).argmax()], sample.objects[0].shape
+        ('triangle', 'triangle')
     """
     if folder is None and name not in CLASSIFIERS:
         raise ValueError(f"unknown classifier {name!r}; choose one of {', '.join(CLASSIFIERS)}")

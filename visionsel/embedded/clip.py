@@ -139,6 +139,16 @@ def load_clip(folder: str | Path | None = None) -> tuple[nn.Module, Callable[...
         ImportError: without the extra "multimodal".
         FileNotFoundError: when a file is not there.
         ValueError: when a file is damaged, or the weights are not those of the configuration.
+
+    Examples:
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.embedded import load_clip
+        >>> scene = ShapesWorld("balanced", seed=1)[0]
+        >>> model, preprocess, tokenizer = load_clip()
+        >>> image = model.encode_image(preprocess(scene.image)[None], normalize=True)
+        >>> texts = model.encode_text(tokenizer([scene.captions[0], "a small pink moon"]), normalize=True)
+        >>> int((image @ texts.T).argmax())
+        0
     """
     open_clip = _open_clip()
     folder = WEIGHTS / "clip" if folder is None else Path(folder)

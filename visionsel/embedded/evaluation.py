@@ -20,6 +20,7 @@ from visionsel.embedded.lvlm_quality import generate_answers, measure_lvlm
 from visionsel.embedded.mask_head import load_mask_head, measure_mask_head
 from visionsel.embedded.segmentation_quality import measure_segmenter
 from visionsel.embedded.segmenter import load_segmenter
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["CLASSIFIERS", "GOALS", "MODELS", "Goal", "check_goals", "evaluate_embedded", "lookup"]
 
@@ -96,6 +97,7 @@ def evaluate_embedded(
     size: int = 400,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Measure the models of a folder on fresh scenes.
 
@@ -105,6 +107,7 @@ def evaluate_embedded(
         size: scenes of each distribution; classifiers see five times as many, of one object each.
         seed: of the scenes; below 2**28, where no training has its own.
         progress: told what is measured next.
+        processes: that share the models (`visionsel.processes.join_processes`); each returns all.
 
     Returns:
         `{model: {distribution: measures}}`, with `lvlm.caption_seconds` and, where all models are asked for,
@@ -123,29 +126,29 @@ def evaluate_embedded(
     folder = Path(folder)
     say = progress or (lambda text: None)
     scenes = {name: list(ShapesWorld(name, seed, size)) for name in ("train", "balanced", "anti")}
-    results: dict[str, Any] = {}
-    for name in models:
+
+    def measured(name: str) -> dict[str, Any]:
         say(name)
         if name == "lvlm":
-            results[name] = _measure_lvlm(folder / name, scenes)
-        elif name == "segmenter":
-            sam = load_segmenter(folder / name)
-            results[name] = {"balanced": measure_segmenter(sam, scenes["balanced"], seed)}
-        elif name == "clip":
+            return _measure_lvlm(folder / name, scenes)
+        if name == "segmenter":
+            return {"balanced": measure_segmenter(load_segmenter(folder / name), scenes["balanced"], seed)}
+        if name == "clip":
             clip = load_clip(folder / name)
-            results[name] = {part: measure_clip(*clip, scenes[part], seed) for part in ("train", "balanced")}
-        elif name == "explainprune":
+            return {part: measure_clip(*clip, scenes[part], seed) for part in ("train", "balanced")}
+        if name == "explainprune":
             predictor = load_predictor(folder / name)
             some = scenes["balanced"][: max(1, size // 4)]
-            results[name] = {"balanced": measure_predictor(predictor, *load_lvlm(folder / "lvlm"), some)}
-        elif name == "mask_head":
+            return {"balanced": measure_predictor(predictor, *load_lvlm(folder / "lvlm"), some)}
+        if name == "mask_head":
             head = load_mask_head(folder / name, folder / "segmenter")
             some = scenes["balanced"][: max(1, size // 4)]
-            results[name] = {"balanced": measure_mask_head(head, *load_lvlm(folder / "lvlm"), some)}
-        else:
-            classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
-            singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)
-            results[name] = {"single": measure_classifier(classifier, singles)}
+            return {"balanced": measure_mask_head(head, *load_lvlm(folder / "lvlm"), some)}
+        classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
+        singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)
+        return {"single": measure_classifier(classifier, singles)}
+
+    results = dict(zip(models, processes.share(models, measured), strict=True))
     if set(models) == set(MODELS):
         say("loading")
         results["loading"] = measure_loading(folder)

@@ -20,6 +20,7 @@ from typing import Any
 from visionsel.data.shapes import CAPTION_PROMPT, SHAPES, Sample, ShapesWorld
 from visionsel.data.shapes.masks import encode_rle
 from visionsel.embedded import pruning_quality
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["COLUMNS", "MEASURES", "evaluate_grounding", "write_rows"]
 
@@ -76,6 +77,7 @@ def evaluate_grounding(
     ensembles: bool = False,
     batch_size: int = 32,
     progress: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Expressions and descriptions of fresh scenes, by each heatmap method and by chance.
 
@@ -90,6 +92,7 @@ def evaluate_grounding(
             with the description alone.
         batch_size: expressions at a time.
         progress: told what is measured next.
+        processes: that share the rows (`visionsel.processes.join_processes`); all of them return all rows.
 
     Returns:
         Rows of `COLUMNS`: the baselines first (kind `baseline`), then the methods (`attention`, `learned`).
@@ -134,9 +137,10 @@ def evaluate_grounding(
             continue
         grounders.append((run, made))
     scenes = {seed: list(ShapesWorld(distribution, seed, size)) for seed in seeds}
-    rows = []
-    for number, (run, grounder) in enumerate(grounders, 1):
-        say(f"[{number}/{len(grounders)}] {run.name}")
+
+    def row_of(number: int) -> dict[str, Any]:
+        run, grounder = grounders[number]
+        say(f"[{number + 1}/{len(grounders)}] {run.name}")
         measured = [_measure(grounder, scenes[seed], seed, batch_size, ensembles) for seed in seeds]
         several = len(measured) > 1
         row: dict[str, Any] = {
@@ -153,8 +157,9 @@ def evaluate_grounding(
             row[measure] = sum(values) / len(values)
             row[f"{measure}_low"] = min(values) if several else None
             row[f"{measure}_high"] = max(values) if several else None
-        rows.append({column: row[column] for column in COLUMNS})
-    return rows
+        return {column: row[column] for column in COLUMNS}
+
+    return processes.share(range(len(grounders)), row_of)
 
 
 def _runs(methods: Sequence[str] | None) -> list[_Run]:

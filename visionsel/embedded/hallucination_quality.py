@@ -24,6 +24,7 @@ import torch
 from visionsel.data.shapes import Sample, ShapesWorld
 from visionsel.embedded import pruning_quality
 from visionsel.embedded.hallucination_tuning import grid_of
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["COLUMNS", "MEASURES", "adapted", "evaluate_hallucination", "write_rows"]
 
@@ -88,6 +89,7 @@ def evaluate_hallucination(
     tune: bool = False,
     validation: int = 60,
     tables: Callable[[str, Any], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Captions of fresh scenes and questions about them, with each method and without.
 
@@ -110,6 +112,8 @@ def evaluate_hallucination(
             `settings` has stays as it is. The scenes of `seeds` are seen after all that is chosen.
         validation: scenes on which it is chosen; they have the seed after that of calibration.
         tables: told the name of each method that is tuned and what was tried, a `Tuning`.
+        processes: that share the rows (`visionsel.processes.join_processes`); each calibrates and tunes, and
+            all of them return all rows.
 
     Returns:
         Rows of `COLUMNS`: `greedy` and `sampling` without any method first (kind `baseline`), with sampling
@@ -164,8 +168,9 @@ def evaluate_hallucination(
                 raise
             say(f"{name} is left out: {error}")
     runs = [*_baselines(runs, temperature), *runs]
-    rows = []
-    for number, run in enumerate(runs):
+
+    def row_of(number: int) -> dict[str, Any]:
+        run = runs[number]
         say(f"[{number + 1}/{len(runs)}] {run.name}")
         measured = [_measure(model, processor, scenes[seed], run, seed, batch_size) for seed in seeds]
         row: dict[str, Any] = {
@@ -182,8 +187,9 @@ def evaluate_hallucination(
             row[measure] = sum(values) / len(values)
             row[f"{measure}_low"] = min(values) if several else None
             row[f"{measure}_high"] = max(values) if several else None
-        rows.append({column: row[column] for column in COLUMNS})
-    return rows
+        return {column: row[column] for column in COLUMNS}
+
+    return processes.share(range(len(runs)), row_of)
 
 
 def adapted(name: str, model: Any, processor: Any) -> dict[str, Any]:

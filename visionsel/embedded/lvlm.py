@@ -78,6 +78,19 @@ def load_lvlm(folder: str | Path | None = None) -> tuple[Any, Any]:
     Raises:
         ImportError: without the extra "multimodal".
         FileNotFoundError: when the folder lacks the model or the processor.
+
+    Examples:
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.embedded import load_lvlm
+        >>> scene = ShapesWorld("balanced", seed=1)[0]
+        >>> model, processor = load_lvlm()
+        >>> content = [{"type": "image"}, {"type": "text", "text": "describe the image."}]
+        >>> chat = [{"role": "user", "content": content}]
+        >>> prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        >>> inputs = processor(images=scene.image, text=prompt, return_tensors="pt")
+        >>> answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        >>> processor.decode(answer, skip_special_tokens=True)
+        'a large cyan heart and a large orange triangle and a large orange triangle on a plain background'
     """
     folder = WEIGHTS / "lvlm" if folder is None else Path(folder)
     for name in ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json"):

@@ -32,6 +32,15 @@ def load_mask_head(folder: str | Path | None = None, segmenter: str | Path | Non
         ImportError: without the extra "multimodal".
         FileNotFoundError: when a folder lacks a file.
         ValueError: for broken files.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.embedded import load_mask_head
+        >>> from visionsel.multimodal import Grounder
+        >>> grounder = Grounder(model, processor, None, heatmap=load_mask_head())
+        >>> grounder.refer(scene.image, "the cyan heart").mask.shape
+        (64, 64)
     """
     return MaskHead.from_pretrained(folder or WEIGHTS / "mask_head", load_segmenter(segmenter))
 

@@ -17,6 +17,7 @@ from visionsel.data.shapes import CAPTION_PROMPT, Sample, ShapesWorld
 from visionsel.embedded.files import WEIGHTS
 from visionsel.embedded.lvlm_quality import caption_scores, encode_prompts, generate_answers, question_scores
 from visionsel.files import whole_file
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["COLUMNS", "MEASURES", "evaluate_pruning", "plot_rows", "write_rows"]
 
@@ -49,6 +50,7 @@ def evaluate_pruning(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     trials: int = 60,
     progress: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Captions, yes/no and referring questions about fresh balanced scenes, with each pruner and without.
 
@@ -64,6 +66,7 @@ def evaluate_pruning(
         trials: schedules that the search of VFlowOpt tries on 16 other scenes, for the rows `vflowopt+`; its
             published schedules were searched on another model. 0 leaves them out.
         progress: told what is measured next.
+        processes: that share the rows (`visionsel.processes.join_processes`); all of them return all rows.
 
     Returns:
         Rows of `COLUMNS`, the model without pruning first (method `none`); `keep` is None where a method
@@ -106,8 +109,9 @@ def evaluate_pruning(
                 except ImportError as error:
                     say(f"vflowopt+ is left out: {error}")
     samples = list(ShapesWorld("balanced", seed, size))
-    rows = []
-    for number, (name, budget, pruner) in enumerate(runs):
+
+    def measured(number: int) -> dict[str, Any]:
+        name, budget, pruner = runs[number]
         say(f"[{number + 1}/{len(runs)}] {name}" + ("" if budget is None else f" {budget:g}"))
         start = time.process_time()
         row = _measure(model, processor, samples, pruner, batch_size)
@@ -117,8 +121,9 @@ def evaluate_pruning(
             "cpu_seconds": time.process_time() - start,
             "pruner": repr(pruner),
         }
-        rows.append({column: row[column] for column in COLUMNS})
-    return rows
+        return {column: row[column] for column in COLUMNS}
+
+    return processes.share(range(len(runs)), measured)
 
 
 def _search(model: Any, processor: Any, budget: float, trials: int, seed: int) -> Any:

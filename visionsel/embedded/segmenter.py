@@ -202,6 +202,20 @@ def load_segmenter(folder: str | Path | None = None) -> "Sam":
         ImportError: without the extra "multimodal".
         FileNotFoundError: when a file is missing.
         ValueError: for a file that is broken, or a configuration that does not fit the weights.
+
+    Examples:
+        >>> import numpy as np
+        >>> from segment_anything import SamPredictor
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.embedded import load_segmenter
+        >>> scene = ShapesWorld("balanced", seed=1)[0]
+        >>> predictor = SamPredictor(load_segmenter())
+        >>> predictor.set_image(np.array(scene.image))
+        >>> heart = scene.objects[0]
+        >>> masks, scores, logits = predictor.predict(box=np.array(heart.box), multimask_output=False)
+        >>> overlap = (masks[0] & heart.mask).sum() / (masks[0] | heart.mask).sum()
+        >>> bool(overlap > 0.8)
+        True
     """
     folder = WEIGHTS / "segmenter" if folder is None else Path(folder)
     path = folder / CONFIG

@@ -46,6 +46,14 @@ class BilevelRoutingAttention(nn.Module):
 
     Raises:
         ValueError: for sizes and options that do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.layers import BilevelRoutingAttention
+        >>> layer = BilevelRoutingAttention(dim=32, num_heads=2, num_windows=7, topk=4)
+        >>> x = torch.randn(1, 20, 23, 32)
+        >>> layer(x).shape, layer.routing(x).shape
+        (torch.Size([1, 20, 23, 32]), torch.Size([1, 49, 4]))
     """
 
     def __init__(

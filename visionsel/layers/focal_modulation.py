@@ -68,6 +68,12 @@ class FocalModulation(nn.Module):
 
     Raises:
         ValueError: if a number is out of range, or the kernels would be even.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.layers import FocalModulation
+        >>> FocalModulation(dim=32)(torch.randn(1, 20, 23, 32)).shape
+        torch.Size([1, 20, 23, 32])
     """
 
     def __init__(

@@ -55,6 +55,13 @@ class HaloAttention(nn.Module):
 
     Raises:
         ValueError: if the heads do not divide `dim_out`, or a number is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.layers import HaloAttention
+        >>> layer = HaloAttention(dim=32, num_heads=2, block_size=8, halo_size=3, stride=2)
+        >>> layer(torch.randn(1, 32, 20, 23)).shape
+        torch.Size([1, 32, 10, 12])
     """
 
     def __init__(

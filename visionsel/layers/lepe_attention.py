@@ -29,6 +29,12 @@ class AttentionLePE(nn.Module):
 
     Raises:
         ValueError: for heads that do not divide the channels, or an even kernel.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.layers.lepe_attention import AttentionLePE
+        >>> AttentionLePE(dim=32)(torch.randn(1, 7, 7, 32)).shape
+        torch.Size([1, 7, 7, 32])
     """
 
     def __init__(

@@ -39,6 +39,13 @@ class NeighborhoodAttention(nn.Module):
 
     Raises:
         ValueError: for heads that do not divide dim, and even kernels.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.layers import NeighborhoodAttention
+        >>> layer = NeighborhoodAttention(dim=32, num_heads=2, kernel_size=7, dilation=2)
+        >>> layer(torch.randn(1, 20, 23, 32)).shape
+        torch.Size([1, 20, 23, 32])
     """
 
     def __init__(

@@ -125,6 +125,16 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Warns:
         UserWarning: if the model holds nothing to accelerate; it is returned as it was.
+
+    Examples:
+        >>> import timm, torch, visionsel
+        >>> model = timm.create_model("halonet26t", num_classes=10).eval()
+        >>> image = torch.randn(1, 3, 256, 256)
+        >>> with torch.inference_mode():
+        ...     before = model(image)
+        ...     after = visionsel.accelerate(model)(image)
+        >>> torch.allclose(before, after, atol=1e-5)
+        True
     """
     found = False
     for module in model.modules():

@@ -54,6 +54,15 @@ class Stack(Intervention):
     ...`.
 
     They are entered in the order given, and left in the reverse.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import DivPrune, FastV, Stack
+        >>> with Stack(DivPrune(keep=0.5), FastV(keep=0.5, layer=1))(model) as (div, fast):
+        ...     answer = model.generate(**inputs)
+        >>> div.report().visual_tokens
+        (32.0, 16.0, 16.0, 16.0)
     """
 
     def __init__(self, *interventions: Intervention) -> None:
@@ -87,6 +96,12 @@ def parse(text: str, kinds: Sequence[type[Intervention]]) -> Intervention:
 
     Raises:
         ValueError: for an unknown method or hyperparameter, or a value that is no literal.
+
+    Examples:
+        >>> from visionsel.multimodal import PRUNERS
+        >>> from visionsel.multimodal.intervention import parse
+        >>> parse("fastv:keep=0.25,layer=1", PRUNERS)
+        FastV(keep=0.25, layer=1)
     """
     name, _, rest = text.partition(":")
     known = {method_name(kind): kind for kind in kinds}

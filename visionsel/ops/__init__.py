@@ -38,6 +38,11 @@ def backends(operator: str) -> list[str]:
 
     Raises:
         ValueError: for another name.
+
+    Examples:
+        >>> from visionsel import ops
+        >>> ops.backends("neighborhood")[-1]
+        'reference'
     """
     if operator not in _BACKENDS:
         raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(_BACKENDS)}")

@@ -86,7 +86,13 @@ class Expression:
 
 
 def split_words(text: str) -> list[str]:
-    """Words and punctuation marks in lower case, as the tokenizer of the shapes world sees them."""
+    """Words and punctuation marks in lower case, as the tokenizer of the shapes world sees them.
+
+    Examples:
+        >>> from visionsel.data.shapes import split_words
+        >>> split_words("Is there a star in the image?")
+        ['is', 'there', 'a', 'star', 'in', 'the', 'image', '?']
+    """
     return re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", text.lower())
 
 
@@ -107,6 +113,13 @@ def box_to_answer(box: Sequence[int], image_size: int) -> str:
 
     The first two are those of the first pixels, the last two those of the last pixels, so that the answer
     read back contains the box.
+
+    Examples:
+        >>> from visionsel.data.shapes import answer_to_box, box_to_answer
+        >>> box_to_answer((7, 20, 19, 35), image_size=64)
+        '3 10 9 17'
+        >>> answer_to_box("3 10 9 17", image_size=64)
+        (6.0, 20.0, 20.0, 36.0)
     """
     x0, y0, x1, y1 = box
     first = [side * BINS // image_size for side in (x0, y0)]

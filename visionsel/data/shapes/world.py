@@ -100,6 +100,20 @@ class ShapesWorld:
 
     Raises:
         ValueError: for an unknown distribution, a value out of range, or a switch of another distribution.
+
+    Examples:
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> sample = ShapesWorld("balanced", seed=0, size=200)[7]
+        >>> sample.image.size
+        (64, 64)
+        >>> sample.captions[0]
+        'a large purple heart and a small green triangle on a shaded background'
+        >>> sample.objects[0].shape, sample.objects[0].box
+        ('heart', (5, 8, 31, 31))
+        >>> sample.questions[0]
+        Question(text='is there a heart in the image?', answer='yes', kind='exist', negative='')
+        >>> sample.expressions[0].text
+        'the heart'
     """
 
     def __init__(

@@ -43,6 +43,17 @@ class AGLA(Intervention):
 
     Raises:
         ValueError: for a value out of range, or, when the context is entered, without a view.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.embedded import load_clip
+        >>> from visionsel.multimodal import AGLA
+        >>> from visionsel.multimodal.decoding import ClipMatcher, matching_view
+        >>> clip, preprocess, tokenizer = load_clip()
+        >>> view = matching_view(model, processor, ClipMatcher(clip, tokenizer))
+        >>> with AGLA(view=view)(model):
+        ...     answer = model.generate(**inputs)
     """
 
     alpha: float = 2.0

@@ -82,6 +82,15 @@ class GLC(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import GLC
+        >>> with GLC(keep=16)(model) as glc:
+        ...     answer = model.generate(**inputs)
+        >>> glc.layer.shape, glc.scores.shape
+        (torch.Size([1]), torch.Size([4, 1]))
     """
 
     w: float | None = None

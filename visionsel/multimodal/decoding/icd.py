@@ -27,6 +27,14 @@ class ICD(Intervention):
 
     Raises:
         ValueError: for a value out of range, or, with `view=None`, a model whose tokenizer is not found.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import ICD
+        >>> from visionsel.multimodal.decoding import Disturbance
+        >>> with ICD(view=Disturbance.of(processor.tokenizer, "is there a ring?"))(model):
+        ...     answer = model.generate(**inputs)
     """
 
     alpha: float = 1.0

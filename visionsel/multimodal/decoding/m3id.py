@@ -31,6 +31,13 @@ class M3ID(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import M3ID
+        >>> with M3ID(decay=0.02)(model):
+        ...     answer = model.generate(**inputs)
     """
 
     decay: float = 0.02

@@ -37,6 +37,13 @@ class PAIGuidance(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PAIGuidance
+        >>> with PAIGuidance(gamma=1.1)(model):
+        ...     answer = model.generate(**inputs)
     """
 
     gamma: float = 1.1

@@ -36,6 +36,15 @@ class Ritual(Intervention):
     Raises:
         ValueError: for a value out of range, or a view besides `plus`; or, with `plus`, a model whose
             processor is not found.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import Ritual
+        >>> from visionsel.multimodal.decoding import RandomTransform
+        >>> blurred = RandomTransform.of(model, kinds=("blur", "crop"))
+        >>> with Ritual(view=blurred)(model):
+        ...     answer = model.generate(**inputs)
     """
 
     alpha: float = 3.0

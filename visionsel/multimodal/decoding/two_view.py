@@ -75,6 +75,16 @@ class TwoView(Intervention):
 
     Raises:
         ValueError: for a `beta` outside of [0, 1].
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> import torch
+        >>> from visionsel.multimodal.decoding import TwoView, contrast
+        >>> def black(inputs):
+        ...     return {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+        >>> with TwoView(black, contrast(1.0))(model):
+        ...     answer = model.generate(**inputs)
     """
 
     view: View

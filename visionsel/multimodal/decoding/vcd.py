@@ -27,6 +27,15 @@ class VCD(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import VCD
+        >>> with VCD(alpha=1.0)(model):
+        ...     answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        >>> processor.decode(answer, skip_special_tokens=True)
+        'a large cyan heart and a large orange triangle and a large orange triangle on a plain background'
     """
 
     alpha: float = 1.0

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from visionsel.multimodal.evaluation.resume import appending, own_luck, resume_rows, settings_path
+from visionsel.multimodal.evaluation.resume import finish_rows, own_luck, settings_path
 from visionsel.multimodal.intervention import Intervention, Stack
 from visionsel.multimodal.prompts import chat_inputs, user_turn
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["Item", "generate_all", "settings_path"]
 
@@ -61,6 +62,7 @@ def generate_all(
     seed: int = 0,
     said: str = "answer",
     settings: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Answers to all items; those that the file has already are not asked for again.
@@ -76,7 +78,9 @@ def generate_all(
         seed: of sampling.
         said: the name of the answer in a line.
         settings: what else the answers depend on, such as the name of the model; values of JSON.
-        progress: called with the number of answers in the file and of items, first and after each line.
+        processes: that share the batches (`visionsel.processes.join_processes`); each gets all lines.
+        progress: called with the number of answers in the file and of items, first and after each line; of
+            several processes, each counts the answers that are its own to give.
 
     Returns:
         the lines of the file: an item's `fields` and its answer.
@@ -110,32 +114,26 @@ def generate_all(
         "items": len(items),
         "asked": _digest(items),
     }
-    rows = resume_rows(
+    method = Stack(*interventions) if interventions else None
+    with method(model) if method else nullcontext():
+        pass  # what does not fit is found before a file is made
+
+    def answers(start: int, stop: int) -> list[dict[str, Any]]:
+        limit = items[start].max_new_tokens or max_new_tokens
+        with method(model) if method else nullcontext(), own_luck(model.device, seed, start):
+            texts = _answer(model, processor, items[start:stop], limit, temperature)
+        return [{said: text} for text in texts]
+
+    return finish_rows(
         path,
         [item.fields for item in items],
         used,
         lambda row: list(row) == [said] and isinstance(row[said], str),
+        list(_batches(items, batch_size)),
+        answers,
+        processes=processes,
+        progress=progress,
     )
-    report = progress or (lambda done, total: None)
-    report(len(rows), len(items))
-    if len(rows) == len(items):
-        return rows
-    method = Stack(*interventions) if interventions else None
-    with method(model) if method else nullcontext():
-        pass  # what does not fit is found before a file is made
-    with appending(path, used) as add:
-        for start, stop in _batches(items, batch_size):
-            if stop <= len(rows):
-                continue
-            limit = items[start].max_new_tokens or max_new_tokens
-            with method(model) if method else nullcontext(), own_luck(model.device, seed, start):
-                answers = _answer(model, processor, items[start:stop], limit, temperature)
-            for index in range(len(rows), stop):  # a batch that was cut is asked again as it was
-                row = {**items[index].fields, said: answers[index - start]}
-                add(row)
-                rows.append(row)
-                report(len(rows), len(items))
-    return rows
 
 
 def _check_images(items: Sequence[Item]) -> None:

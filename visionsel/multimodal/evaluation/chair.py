@@ -32,6 +32,11 @@ def mentions(caption: str, synonyms: Synonyms | None = None, parser: str = "noun
     Raises:
         TypeError: for a caption that is no string.
         ValueError: for another parser.
+
+    Examples:
+        >>> from visionsel.multimodal.evaluation import chair
+        >>> chair.mentions("A puppy sits on a bench beside two bikes.")
+        ['dog', 'bench', 'bicycle']
     """
     if not isinstance(caption, str):
         raise TypeError(f"a caption must be a string, got {type(caption).__name__}")
@@ -74,6 +79,12 @@ def score(
     Raises:
         ValueError: for no captions, another number of images than captions, or an object that is not in
             the table.
+
+    Examples:
+        >>> from visionsel.multimodal.evaluation import chair
+        >>> scores = chair.score(["a dog sits on a bench beside a bicycle."], [{"dog", "bench"}])
+        >>> scores["chair_i"], scores["chair_s"], scores["recall"], scores["invented"]
+        (0.3333333333333333, 1.0, 1.0, {'bicycle': 1})
     """
     if isinstance(captions, str):
         raise ValueError("captions must be a list of strings, got one string")

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from visionsel.multimodal.evaluation.resume import appending, own_luck, resume_rows
+from visionsel.multimodal.evaluation.resume import finish_rows, own_luck
 from visionsel.multimodal.evaluation.segmentation import Overlap, overlap
+from visionsel.processes import ALONE, Processes
 
 __all__ = ["Case", "GroundingTask", "ground_all", "open_as_stored", "overlaps_of", "pixels"]
 
@@ -74,6 +75,7 @@ def ground_all(
     batch_size: int = 8,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """What a grounder finds for all cases; those that the file has already are not looked at again.
@@ -85,7 +87,9 @@ def ground_all(
         batch_size: cases at a time, where the task takes several.
         seed: of what is drawn, as by sampling and by baselines.
         settings: what the lines depend on beside the task, such as the names of the models; values of JSON.
-        progress: called with the number of lines in the file and of cases, first and after each line.
+        processes: that share the batches (`visionsel.processes.join_processes`); each gets all lines.
+        progress: called with the number of lines in the file and of cases, first and after each line; of
+            several processes, each counts the lines that are its own to make.
 
     Returns:
         the lines of the file: the fields of a case and its result.
@@ -115,26 +119,25 @@ def ground_all(
         "cases": len(task.cases),
         "asked": sha256(dumps(named, sort_keys=True).encode()).hexdigest()[:16],
     }
-    rows = resume_rows(path, fields, used, lambda row: set(row) == set(task.keys), "that of case")
-    report = progress or (lambda done, total: None)
-    report(len(rows), len(task.cases))
-    if len(rows) == len(task.cases):
-        return rows
     device = getattr(getattr(grounder, "model", None), "device", torch.device("cpu"))
-    with appending(path, used) as add:
-        for start in range(0, len(task.cases), step):
-            numbers = range(start, min(start + step, len(task.cases)))
-            if numbers.stop <= len(rows):
-                continue
-            pictures = [open_as_stored(task.cases[number]) for number in numbers]
-            with own_luck(device, seed, start):
-                results = task.measure(grounder, pictures, numbers)
-            for number in range(len(rows), numbers.stop):  # a batch that was cut is done again as it was
-                row = {**fields[number], **results[number - start]}
-                add(row)
-                rows.append(row)
-                report(len(rows), len(task.cases))
-    return rows
+
+    def results(start: int, stop: int) -> list[Row]:
+        pictures = [open_as_stored(case) for case in task.cases[start:stop]]
+        with own_luck(device, seed, start):
+            return task.measure(grounder, pictures, range(start, stop))
+
+    starts = range(0, len(task.cases), step)
+    return finish_rows(
+        path,
+        fields,
+        used,
+        lambda row: set(row) == set(task.keys),
+        [(start, min(start + step, len(task.cases))) for start in starts],
+        results,
+        what="that of case",
+        processes=processes,
+        progress=progress,
+    )
 
 
 def open_as_stored(case: Case) -> Image.Image:

@@ -45,6 +45,12 @@ def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: for no answers, another number of labels than answers, or another label.
+
+    Examples:
+        >>> from visionsel.multimodal.evaluation import pope
+        >>> scores = pope.score(["Yes, there is.", "No.", "Yes.", "No."], ["yes", "no", "no", "yes"])
+        >>> scores["accuracy"], scores["f1"], scores["yes_ratio"]
+        (0.5, 0.5, 0.5)
     """
     if isinstance(answers, str) or isinstance(labels, str):
         raise ValueError("answers and labels must be lists of strings, got one string")
@@ -94,6 +100,15 @@ def questions(
     Raises:
         ValueError: for another kind, names that are one string, or an image that has so many of all objects
             that fewer than three are absent.
+
+    Examples:
+        >>> from visionsel.multimodal.evaluation import pope
+        >>> objects = {"a.jpg": ["dog", "bench", "tree"], "b.jpg": ["cat", "sofa", "lamp"]}
+        >>> rows = pope.questions(objects, kind="popular")
+        >>> rows[0]["text"], rows[0]["label"]
+        ('Is there a dog in the image?', 'yes')
+        >>> len(rows), rows[1]["label"]
+        (12, 'no')
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")

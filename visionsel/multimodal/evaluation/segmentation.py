@@ -128,7 +128,13 @@ def average_recall(
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    """Intersection over union of two boxes (x0, y0, x1, y1).
+
+    Examples:
+        >>> from visionsel.multimodal.evaluation.segmentation import box_iou
+        >>> box_iou((0, 0, 10, 10), (0, 0, 10, 5))
+        0.5
+    """
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     shared = max(width, 0.0) * max(height, 0.0)

@@ -30,6 +30,17 @@ class TokenGrid:
         sample: the row of the batch that holds it; None where the inputs have no `input_ids`.
         start: number of its first token among the image tokens of that row; None likewise. With
             `AttentionRecorder(columns="image")`, its columns are `start` to `start + n`.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> import torch
+        >>> from visionsel.multimodal import TokenGrid
+        >>> grid = TokenGrid.from_inputs(model, processor, inputs, image_size=(64, 64))
+        >>> grid.n, grid.views[0].index.shape, grid.views[0].box
+        (64, torch.Size([8, 8]), (0.0, 0.0, 64.0, 64.0))
+        >>> grid.rasterize(torch.rand(grid.n)).shape
+        torch.Size([64, 64])
     """
 
     n: int

@@ -42,12 +42,6 @@ CYCLE = "promac"
 class Grounder:
     """A vision-language model and a segmenter that work together.
 
-        grounder = Grounder(model, processor, build_segmenter("embedded"))
-        result = grounder.ask(image, "what is in the top left?")
-        result.answer, result.words[0].heatmap, result.objects[0].mask, result.to_coco(), result.plot()
-        grounder.refer(image, "the red circle left of the star").mask
-        grounder.detect(image)
-
     Both models are left as they were; the segmenter stays set on an image.
 
     Args:
@@ -78,6 +72,22 @@ class Grounder:
 
     Raises:
         TypeError, ValueError: for a value that cannot be, a model of no supported family or an unknown name.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import Grounder, build_segmenter
+        >>> grounder = Grounder(model, processor, build_segmenter("embedded"), heatmap="mean")
+        >>> result = grounder.ask(scene.image, "describe the image.")
+        >>> result.answer
+        'a large cyan heart and a large orange triangle and a large orange triangle on a plain background'
+        >>> [word.text for word in result.objects]
+        ['heart', 'triangle', 'triangle']
+        >>> result.objects[0].mask.shape, result.objects[0].heatmap.shape
+        ((64, 64), (64, 64))
+        >>> picture = result.plot(scale=8)
+        >>> grounder.refer(scene.image, "the cyan heart").name
+        'the cyan heart'
     """
 
     def __init__(

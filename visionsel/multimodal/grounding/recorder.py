@@ -83,6 +83,15 @@ class AttentionRecorder:
     Raises:
         ValueError: for an unknown option, layers or heads that do not exist, or a model of no supported
             family (mode `"eager"` takes others).
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import AttentionRecorder
+        >>> with AttentionRecorder(model) as recorder:
+        ...     answer = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+        >>> recorder.attentions.shape  # layers, B, heads, new tokens, image tokens
+        torch.Size([4, 1, 4, 4, 64])
     """
 
     def __init__(

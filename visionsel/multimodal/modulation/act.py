@@ -59,6 +59,15 @@ class ACT(Intervention):
 
     Raises:
         ValueError: for a value out of range, or both `heads` and `layers`.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import ACT
+        >>> with ACT(beta=0.4)(model) as act:
+        ...     answer = model.generate(**inputs)
+        >>> act.layers
+        (2,)
     """
 
     beta: float = 0.4

@@ -50,6 +50,14 @@ class GroundingHeads(Intervention):
         model: whose heads they are: `type` and `decoder`, as their configurations call them, `layers`,
             `heads` a layer and `width` of the decoder. None for heads given by hand, which are taken as they
             are.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import GroundingHeads
+        >>> heads = GroundingHeads.preset("embedded")
+        >>> with heads(model):
+        ...     answer = model.generate(**inputs)
     """
 
     heads: Mapping[int, Sequence[int]]

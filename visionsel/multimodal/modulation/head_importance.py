@@ -121,6 +121,17 @@ def head_importance(
 
     Raises:
         ValueError: without samples, or where the chat template changes a caption.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.multimodal import GroundingHeads, head_importance
+        >>> samples = list(ShapesWorld("balanced", seed=1, size=4))
+        >>> importance = head_importance(model, processor, samples)
+        >>> len(importance.sensitivity), len(importance.sensitivity[0])  # layers, heads
+        (4, 4)
+        >>> heads = GroundingHeads(importance.top(3))
     """
     total: Tensor | None = None
     tokens = 0

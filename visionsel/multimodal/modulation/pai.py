@@ -37,6 +37,15 @@ class PAI(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PAI
+        >>> with PAI(alpha=0.2)(model) as pai:
+        ...     answer = model.generate(**inputs)
+        >>> pai.layers
+        (2, 3)
     """
 
     alpha: float = 0.2

@@ -89,6 +89,15 @@ class Paint(Intervention):
 
     Raises:
         ValueError: for a value out of range, `heads` that are no table, or that do not go with `fidelity`.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import Paint
+        >>> with Paint()(model) as paint:
+        ...     answer = model.generate(**inputs)
+        >>> paint.layers
+        (2, 3)
     """
 
     alpha: float = 0.7

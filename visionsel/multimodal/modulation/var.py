@@ -79,6 +79,15 @@ class VAR(Intervention):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import VAR
+        >>> with VAR(p=0.6, tau=5.0)(model) as var:
+        ...     answer = model.generate(**inputs)
+        >>> var.layers
+        (2,)
     """
 
     p: float = 0.6

@@ -39,6 +39,15 @@ class VHR(Intervention):
         alpha: what the output of a chosen head is multiplied by; the authors' is 2.
         layers: decoder layers, from 0; None: layer 1 and the last 14, the authors' for LLaVA-1.5. They warn
             that layer 1 does not help every model: name the layers to leave it out.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import VHR
+        >>> with VHR(alpha=2.0, layers=(1, 2, 3))(model) as vhr:
+        ...     answer = model.generate(**inputs)
+        >>> vhr.heads[3].shape
+        torch.Size([1, 4])
     """
 
     alpha: float = 2.0

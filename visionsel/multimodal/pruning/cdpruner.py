@@ -41,6 +41,15 @@ class CDPruner(Pruner):
 
     Raises:
         ValueError: for values out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import CDPruner
+        >>> with CDPruner(keep=0.25)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (16.0, 16.0, 16.0, 16.0)
     """
 
     keep: float | int = 0.25

@@ -39,6 +39,15 @@ class DART(Pruner):
 
     Raises:
         ValueError: for values out of range; at entry for a layer that the decoder does not have.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import DART
+        >>> with DART(keep=0.5, layer=1)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens[-1] <= 32
+        True
     """
 
     keep: float | int = 0.25

@@ -27,6 +27,15 @@ class DivPrune(Pruner):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import DivPrune
+        >>> with DivPrune(keep=16)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().equivalent_tokens
+        16.0
     """
 
     keep: float | int = 0.098
@@ -60,6 +69,13 @@ def select(features: Tensor, keep: float | int, valid: Tensor | None = None) -> 
 
     Raises:
         ValueError: for NaN at a valid token.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.multimodal.pruning import divprune
+        >>> features = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]])
+        >>> divprune.select(features, keep=2)  # of the two that are alike, one stays
+        tensor([[ True, False,  True]])
     """
     valid = valid_or_all(valid, features)
     require_finite("features", features, valid)

@@ -45,6 +45,16 @@ class ExplainPrune(Pruner):
         ValueError: for a value out of range, and without a predictor; at entry, for a predictor whose files
             are broken; at the first prompt, for one of a model with another number of heads.
         FileNotFoundError: at entry, when the folder lacks a file.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.embedded import load_predictor
+        >>> from visionsel.multimodal import ExplainPrune
+        >>> with ExplainPrune(keep=0.25, predictor=load_predictor())(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (16.0, 16.0, 16.0, 16.0)
     """
 
     keep: float | int = 0.5

@@ -27,6 +27,15 @@ class FastV(Pruner):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import FastV
+        >>> with FastV(keep=0.5, layer=1)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 32.0, 32.0, 32.0)
     """
 
     keep: float | int = 0.5
@@ -58,6 +67,12 @@ def select(attention: Tensor, keep: float | int, valid: Tensor | None = None) ->
 
     Raises:
         ValueError: for NaN at a valid token.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel.multimodal.pruning import fastv
+        >>> fastv.select(torch.tensor([[[0.1, 0.4, 0.2, 0.3]]]), keep=0.5)
+        tensor([[False,  True, False,  True]])
     """
     scores = attention.to(torch.promote_types(attention.dtype, torch.float32)).mean(1)
     valid = valid_or_all(valid, scores)

@@ -21,7 +21,7 @@ from visionsel.viz import enlarge
 __all__ = ["draw_kept", "token_fates"]
 
 SMALLEST, LARGEST = 384, 1024  # pixels of the longer side of a panel
-MARGIN, SWATCH, LINE = 20, 14, 22
+TEXT, GAP, MARGIN, SWATCH, LINE = 13, 8, 20, 14, 22  # pixels beside panels of SMALLEST; larger have more
 PAPER, INK, FAINT = (255, 255, 255), (32, 36, 44), (110, 116, 128)
 RAMP = np.array([(44, 52, 76), (92, 74, 132), (150, 92, 138), (196, 128, 128)], dtype=float)
 TINT = 0.78  # share of the tint in a dropped patch; the rest is the picture in grey
@@ -189,45 +189,48 @@ def _page(
         flat = [row[0] for row in panels]
         across = min(4, int(np.ceil(np.sqrt(len(flat)))))
         panels = [flat[start : start + across] for start in range(0, len(flat), across)]
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    widths = [sum(panel.picture.width + MARGIN for panel in row) for row in panels]
-    heights = [max(panel.picture.height for panel in row) + MARGIN + LINE for row in panels]
-    entries = [(color, text, SWATCH + 8 + round(small.getlength(text)) + MARGIN) for color, text in legend]
-    width = MARGIN + max(*widths, max(entry[2] for entry in entries))
-    lines, used = 1, MARGIN
+    longest = max(max(panel.picture.size) for row in panels for panel in row)
+    unit = max(1.0, longest / SMALLEST)  # so that a thumbnail of any page can be read
+    margin, swatch, line, gap = (round(unit * length) for length in (MARGIN, SWATCH, LINE, GAP))
+    font, small = ImageFont.load_default((TEXT + 2) * unit), ImageFont.load_default(TEXT * unit)
+    widths = [sum(panel.picture.width + margin for panel in row) for row in panels]
+    heights = [max(panel.picture.height for panel in row) + margin + line for row in panels]
+    entries = [(color, text, swatch + gap + round(small.getlength(text)) + margin) for color, text in legend]
+    width = margin + max(*widths, max(entry[2] for entry in entries))
+    lines, used = 1, margin
     for *_, length in entries:
-        if used + length > width and used > MARGIN:
-            lines, used = lines + 1, MARGIN
+        if used + length > width and used > margin:
+            lines, used = lines + 1, margin
         used += length
-    page = Image.new("RGB", (width, MARGIN // 2 + sum(heights) + lines * LINE + MARGIN // 2), PAPER)
+    page = Image.new("RGB", (width, margin // 2 + sum(heights) + lines * line + margin // 2), PAPER)
     draw = ImageDraw.Draw(page)
-    top = MARGIN // 2
+    top = margin // 2
     for row, height in zip(panels, heights, strict=True):
-        left = MARGIN
+        left = margin
         for panel in row:
             draw.text((left, top), panel.title, fill=INK, font=font)
             right = left + panel.picture.width
             draw.text((right, top + 1), panel.note, fill=FAINT, font=small, anchor="ra")
-            page.paste(panel.picture, (left, top + LINE))
-            left = right + MARGIN
+            page.paste(panel.picture, (left, top + line))
+            left = right + margin
         top += height
-    left = MARGIN
+    left = margin
     for color, text, length in entries:
-        if left + length > width and left > MARGIN:
-            left, top = MARGIN, top + LINE
-        _swatch(page, draw, (left, top), color)
-        draw.text((left + SWATCH + 8, top - 1), text, fill=INK, font=small)
+        if left + length > width and left > margin:
+            left, top = margin, top + line
+        _swatch(page, draw, (left, top), swatch, color)
+        draw.text((left + swatch + gap, top - 1), text, fill=INK, font=small)
         left += length
     return page
 
 
-def _swatch(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], color: Any) -> None:
+def _swatch(page: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[int, int], side: int, color: Any) -> None:
     """A small square; for what was kept one in full colour."""
     x, y = at
     if color is not None:
-        draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=color, outline=FAINT)
+        draw.rectangle((x, y, x + side, y + side), fill=color, outline=FAINT)
         return
     for i, hue in enumerate(("#e69f00", "#009e73", "#0072b2")):
-        third = SWATCH // 3 + 1
-        draw.rectangle((x + i * third, y, min(x + SWATCH, x + (i + 1) * third), y + SWATCH), fill=hue)
-    draw.rectangle((x, y, x + SWATCH, y + SWATCH), outline=FAINT)
+        third = side // 3 + 1
+        draw.rectangle((x + i * third, y, min(x + side, x + (i + 1) * third), y + side), fill=hue)
+    draw.rectangle((x, y, x + side, y + side), outline=FAINT)

@@ -31,6 +31,15 @@ class PoolPrune(Pruner):
 
     Raises:
         ValueError: for a value out of range, or unless exactly one of the two is given.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PoolPrune
+        >>> with PoolPrune(window=2)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (16.0, 16.0, 16.0, 16.0)
     """
 
     keep: float | int | None = None

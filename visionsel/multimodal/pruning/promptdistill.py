@@ -46,6 +46,15 @@ class PromptDistill(Pruner):
 
     Raises:
         ValueError: for values out of range; on entry for layers without a next one.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PromptDistill
+        >>> with PromptDistill(layers=1, keep=0.25)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 64.0, 16.0, 16.0)
     """
 
     layers: int | tuple[int, ...] = 13

@@ -34,6 +34,15 @@ class PruMerge(Pruner):
 
     Raises:
         ValueError: for values out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PruMerge
+        >>> with PruMerge(plus=True)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().equivalent_tokens < 64  # the image decides how many
+        True
     """
 
     plus: bool = False

@@ -33,6 +33,15 @@ class PyramidDrop(Pruner):
 
     Raises:
         ValueError: for a value out of range, layers that do not rise, or a `keep` that does.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import PyramidDrop
+        >>> with PyramidDrop(layers=(1, 2, 3), keep=(0.5, 0.25, 0.125))(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 32.0, 16.0, 8.0)
     """
 
     layers: tuple[int, ...] = (8, 16, 24)

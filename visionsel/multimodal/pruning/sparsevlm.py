@@ -58,6 +58,15 @@ class SparseVLM(Pruner):
 
     Raises:
         ValueError: for a value out of range, layers that do not rise, or a `keep` of another length.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import SparseVLM
+        >>> with SparseVLM(keep=(0.5, 0.25), layers=(1, 2), recycle=False)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 32.0, 16.0, 16.0)
     """
 
     keep: float | int | tuple[float | int, ...] = 192

@@ -31,6 +31,15 @@ class UniformPrune(Pruner):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import UniformPrune
+        >>> with UniformPrune(keep=0.25, layer=1)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 16.0, 16.0, 16.0)
     """
 
     keep: float | int

@@ -1,11 +1,10 @@
 """VisionZip: the tokens that the vision tower attends to most, and a few that sum up the rest.
 
-After Yang et al. 2025, "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR),
-sections 3.2 and 3.3. What differs from the authors' code:
+After Yang et al. 2025, "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (CVPR;
+arXiv:2412.04467), sections 3.2 and 3.3. What differs from the authors' code:
 
 - Tokens stay at their places in the prompt. They are merged before the projector, as there, where the
-family's
-  projector works on single tokens, and after it elsewhere.
+  family's projector works on single tokens, and after it elsewhere.
 - The class token is not among the dominant ones: the models of transformers drop it.
 """
 
@@ -33,6 +32,15 @@ class VisionZip(Pruner):
 
     Raises:
         ValueError: for values out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import VisionZip
+        >>> with VisionZip(keep=0.25)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().equivalent_tokens
+        16.0
     """
 
     dominant: float | int = 54

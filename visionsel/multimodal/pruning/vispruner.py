@@ -34,6 +34,15 @@ class VisPruner(Pruner):
 
     Raises:
         ValueError: for a value out of range.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import VisPruner
+        >>> with VisPruner(keep=16)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (16.0, 16.0, 16.0, 16.0)
     """
 
     keep: float | int

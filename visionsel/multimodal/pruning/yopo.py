@@ -53,6 +53,15 @@ class Yopo(Pruner):
         ValueError: for values out of range; at entry for layers and heads that the decoder does not have.
         NotImplementedError: at entry, for windows under flash kernels, and where `mlp_ratio` meets layers
             that are not three plain linear ones with a gate.
+
+    Examples:
+        With `model`, `processor`, `inputs` and `scene` as in `visionsel.embedded.load_lvlm`:
+
+        >>> from visionsel.multimodal import Yopo
+        >>> with Yopo(window=5, layer_stop=3)(model) as pruned:
+        ...     answer = model.generate(**inputs)
+        >>> pruned.report().visual_tokens  # of each decoder layer
+        (64.0, 64.0, 64.0, 0.0)
     """
 
     window: int | None = 7

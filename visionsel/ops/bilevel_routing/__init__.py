@@ -93,6 +93,14 @@ def bilevel_routing_attention(
     Raises:
         ValueError: for maps that do not fit each other or do not divide into windows, `topk` beyond the
             windows, a `routing` of another shape or type, and unknown backends.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel import ops
+        >>> q, k, v = torch.randn(3, 1, 14, 14, 2, 16)
+        >>> out, index = ops.bilevel_routing_attention(q, k, v, num_windows=7, topk=4, return_routing=True)
+        >>> out.shape, index.shape
+        (torch.Size([1, 14, 14, 2, 16]), torch.Size([1, 49, 4]))
     """
     check_attention_maps(q, k, v)
     nh, nw = grid = pair(num_windows, "num_windows")

@@ -54,6 +54,15 @@ def focal_modulation(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit as said above, or the backend is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel import ops
+        >>> x = torch.randn(1, 14, 14, 32)
+        >>> gates = torch.rand(1, 14, 14, 3)  # two levels and the global one
+        >>> kernels = [torch.randn(32, 1, 3, 3), torch.randn(32, 1, 5, 5)]
+        >>> ops.focal_modulation(x, x, gates, kernels, torch.randn(32, 32, 1, 1)).shape
+        torch.Size([1, 14, 14, 32])
     """
     _check(query, context, gates, kernels, modulator_weight, modulator_bias)
     if backend != "auto" and backend not in _BACKENDS:

@@ -56,6 +56,13 @@ def halo_attention(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit as said above, or the backend is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel import ops
+        >>> q, k, v = torch.randn(3, 1, 16, 16, 2, 16)
+        >>> ops.halo_attention(q, k, v, block_size=8, halo_size=3).shape
+        torch.Size([1, 16, 16, 2, 16])
     """
     stride = _check(q, k, v, block_size, halo_size, rel_pos_height, rel_pos_width)
     if backend != "auto" and backend not in _BACKENDS:

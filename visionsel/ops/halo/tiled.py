@@ -30,21 +30,26 @@ def _index(
 
     query = torch.arange(rows * columns * side * side, device=device)
     block = query // (side * side)
-    y, x = block // columns * side + query // side % side, block % columns * side + query % side
+    y, x = block // columns * side + query // side % side, _rest(block, columns) * side + query % side
     queries = y * (columns * side) + x
 
     key = torch.arange(rows * columns * window * window, device=device)
     block = key // (window * window)
     y = block // columns * block_size + key // window % window
-    x = block % columns * block_size + key % window
+    x = _rest(block, columns) * block_size + key % window
     keys = y * (width + 2 * halo_size) + x
 
     pair = torch.arange(side * window, device=device)
     offsets = pair % window - pair // window + window - 1
 
-    y, x = query // (columns * side), query % (columns * side)
+    y, x = query // (columns * side), _rest(query, columns * side)
     places = ((y // side * columns + x // side) * side + y % side) * side + x % side
     return queries, keys, offsets, places
+
+
+def _rest(numbers: Tensor, size: int) -> Tensor:
+    """`numbers % size`, which has no translation to ONNX where the size is traced."""
+    return numbers - numbers // size * size
 
 
 _kept_index = keep_plans(_index)
@@ -153,6 +158,10 @@ def tiled(
             logits = torch.baddbmm(bias, query, key, alpha=scale)
         out = torch.bmm(logits.softmax(-1), value)
         out = out.view(batch * blocks, heads, side * side, value_dim)
-    out = out.transpose(1, 2).contiguous().flatten().view(batch * pixels, heads * value_dim)
+    out = out.transpose(1, 2)
+    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+        # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX
+        out = out.clone(memory_format=torch.contiguous_format)
+    out = out.contiguous().flatten().view(batch * pixels, heads * value_dim)
     out = _gather(out, places, batch, pixels).flatten().view(batch, pixels * heads * value_dim)
     return out.view(batch, rows * side, columns * side, heads, value_dim)

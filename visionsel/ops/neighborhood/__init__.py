@@ -56,9 +56,15 @@ def neighborhood_attention(
 
     Raises:
         ValueError: for maps that do not fit each other, even kernels, kernels that reach beyond the map, a
-        bias
-            of another shape, and unknown backends.
+            bias of another shape, and unknown backends.
         NotImplementedError: if natten is asked for and cannot serve the call.
+
+    Examples:
+        >>> import torch
+        >>> from visionsel import ops
+        >>> q, k, v = torch.randn(3, 1, 14, 14, 2, 16)
+        >>> ops.neighborhood_attention(q, k, v, kernel_size=7, dilation=2).shape
+        torch.Size([1, 14, 14, 2, 16])
     """
     check_attention_maps(q, k, v)
     if q.shape != k.shape:

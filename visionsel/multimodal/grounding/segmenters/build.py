@@ -63,6 +63,15 @@ def build_segmenter(
             or of another model, and values that a `Segmenter` does not take.
         NotImplementedError: for a model that takes no points and boxes, or none that the installed
             transformers has.
+
+    Examples:
+        >>> from visionsel.data.shapes import ShapesWorld
+        >>> from visionsel.multimodal import build_segmenter
+        >>> scene = ShapesWorld("balanced", seed=1)[0]
+        >>> segmenter = build_segmenter("embedded").set_image(scene.image)
+        >>> masks = segmenter.predict(boxes=[item.box for item in scene.objects])
+        >>> masks.iou.shape, masks.best().shape
+        (torch.Size([3, 3]), torch.Size([3, 64, 64]))
     """
     kind, _, name = spec.partition(":") if isinstance(spec, str) else ("model", "", "")
     if checkpoint is not None and kind != "sam":

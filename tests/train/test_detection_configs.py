@@ -1,0 +1,125 @@
+"""Every shipped configuration of a detector parses, and takes a step with a small backbone on a miniature."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from tests.train.detection_mini import HEADS, make_coco
+from train.detection import DetectionCLI
+from visionsel.models import registered_names
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COCO = sorted(CONFIGS.glob("coco/*.yaml"))
+SHAPES = sorted([*CONFIGS.glob("shapes/mask_rcnn_*.yaml"), *CONFIGS.glob("shapes/retinanet_*.yaml")])
+
+FEW = {
+    "rpn_pre_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_batch_size_per_image": 32,
+    "box_batch_size_per_image": 16,
+}
+QUERIES = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "num_queries": 10,
+    "num_denoising": 4,
+}
+SMALLER = {
+    "biformer_small": {"embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1]},
+    "nat_tiny": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    "dinat_mini": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1] * 4, "dilations": [[1]] * 4},
+}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco"), train=2, val=2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Where the first configuration writes the world that the others reuse."""
+    return tmp_path_factory.mktemp("shapes") / "world"
+
+
+def step(path: Path, output: Path, root: Path, model: dict, data: dict) -> DetectionCLI:
+    """One update with parts of a configuration made smaller."""
+    content = yaml.safe_load(path.read_text())
+    content["model"] |= {"warmup_steps": 0, "checkpoint": None, "pretrained": False, "pictures": 0, **model}
+    content["data"] |= {"root": str(root), "num_workers": 0, "batch_size": 2, **data}
+    content["trainer"] |= {
+        "max_epochs": 1,
+        "max_steps": 1,
+        "limit_val_batches": 0,
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    small = output / "config.yaml"
+    small.write_text(yaml.safe_dump({**content, "output": str(output / "run")}))
+    return DetectionCLI(["fit", "--config", str(small)])
+
+
+def test_there_is_a_configuration_for_each_published_recipe() -> None:
+    assert [path.stem for path in COCO] == [
+        "mask_rcnn_biformer_small_1x",
+        "mask_rcnn_dinat_mini_3x",
+        "mask_rcnn_focalnet_tiny_1x",
+        "mask_rcnn_focalnet_tiny_3x",
+        "mask_rcnn_nat_tiny_3x",
+        "retinanet_biformer_small_1x",
+        "rt_detr_v2_nat_mini",
+    ]
+    assert [path.stem for path in SHAPES] == ["mask_rcnn_biformer", "mask_rcnn_nat", "retinanet_biformer"]
+
+
+@pytest.mark.parametrize("path", [*COCO, *SHAPES], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_shipped_configuration_says_what_it_is(path) -> None:
+    text = path.read_text()
+    assert "class_path" not in text
+    header = text[: text.index("output:")]
+    assert header.startswith("# ")
+    assert f"train.detection fit --config configs/{path.parent.name}/{path.name}" in header
+    if path.parent.name == "coco":
+        assert "not run by us" in header.lower()
+        assert "AP" in header
+    config = yaml.safe_load(text)
+    assert config["output"] == f"runs/{path.parent.name}/{path.stem}"
+    assert config["model"]["backbone"] in [*registered_names(), "focalnet_tiny_lrf"]
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+def test_a_recipe_takes_a_step_on_a_miniature_of_coco(path, coco, tmp_path) -> None:
+    given = yaml.safe_load(path.read_text())["model"]
+    whole = timm.create_model(given["backbone"], device="meta", **given.get("backbone_args", {}))
+    assert [row["reduction"] for row in whole.feature_info] == [4, 8, 16, 32]
+    if given["detector"] == "rt_detr_v2":
+        model = {"backbone": "selectformer_pico", "detector_args": QUERIES}
+    else:
+        few = {**given.get("detector_args", {}), **FEW} if given["detector"] == "mask_rcnn" else {}
+        # the functions of timm's FocalNets do not let their sizes be given
+        backbone = "nat_tiny" if "focalnet" in given["backbone"] else given["backbone"]
+        args = {**given["backbone_args"], **SMALLER[backbone]}
+        model = {**HEADS, "backbone": backbone, "backbone_args": args, "detector_args": few}
+    cli = step(path, tmp_path, coco, model, {"size": 64, "sizes": [64], "max_size": 96})
+    assert cli.trainer.global_step == 1
+    assert float(cli.trainer.callback_metrics["train/loss"]) > 0
+    assert cli.model.hparams["lr_batch_size"] == 16
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
+def test_a_detector_of_shapes_writes_its_world_and_takes_a_step(path, world, tmp_path) -> None:
+    cli = step(path, tmp_path, world, {}, {"shapes_size": 10})
+    assert cli.trainer.global_step == 1
+    assert (world / "shapes.json").is_file()
+    assert yaml.safe_load(path.read_text())["model"]["checkpoint"].startswith("embedded:")

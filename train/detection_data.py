@@ -1,0 +1,369 @@
+"""Images with boxes and masks for Lightning: COCO's format from a folder, or the shapes world written as one.
+
+A sample is an image, uint8 `[3, H, W]`, and a target: `image_id`; `boxes` (x0, y0, x1, y1) in pixels, float32
+`[N, 4]`; `labels` from 1, int64 `[N]`; `area` and `iscrowd` `[N]`; with masks, `masks` bool `[N, H, W]`. A
+batch is a list of images and a list of targets, since sizes differ.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from train.detection_transforms import Augmentation, drop_lost_objects, training_transform
+from visionsel.data.coco import annotation_mask, read_json
+from visionsel.data.coco_objects import Objects, read_objects
+from visionsel.data.imagefolder import list_images, open_image
+from visionsel.data.resumable import EpochSampler, ResumableLoader, SeededDataset
+from visionsel.data.shapes import SHAPES, write_shapes
+
+__all__ = ["CocoData", "CocoSet", "Target"]
+
+Target = dict[str, Any]
+
+
+class CocoData(LightningDataModule):
+    """Training, validation, test and prediction images of a detector.
+
+    The defaults are COCO's own layout: `annotations/instances_train2017.json`, `train2017/`, and so on.
+
+    Args:
+        root: folder of the data; paths below are relative to it.
+        dataset: "coco" reads what is in `root`; "shapes" writes the shapes world there first, once, and the
+            same for every seed.
+        train_annotations, val_annotations, test_annotations: instance files; without the last, the test verb
+            measures on the validation split.
+        train_images, val_images, test_images: their folders of images.
+        predict_folder: images for the predict verb; default those of the test split.
+        categories: ids and names; default those of the annotation files, which must agree.
+        masks: read segmentations; set by the program from the kind of detector.
+        size: shortest side of an image in evaluation.
+        sizes: shortest sides to draw from in training; default `size`.
+        max_size: the longest side is at most this.
+        augmentation: of sizes: "resize" draws from `sizes`; "crop" resizes in half of the cases to 400, 500
+            or 600 first and cuts out a window of 384 to 600 a side, as DETR does (Carion et al. 2020);
+            "jitter" scales by `jitter` and cuts or pads to a square of `size` (Ghiasi et al. 2021).
+        jitter: the scales of "jitter".
+        hflip: probability of a horizontal flip.
+        color_jitter: strength in brightness, contrast and saturation; hue gets a quarter of it.
+        batch_size: on each device, for training.
+        val_batch_size: for everything else; default `batch_size`.
+        num_workers: processes that load images on each device; 0 loads in the main process.
+        empty_images: train on images without objects, too.
+        shapes_size, shapes_image_size: images of `train` (each other split has a tenth), and their side.
+        verify: decode every image before anything starts.
+        seed: fixes order and augmentation.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the argument, file, image or annotation that is wrong.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        dataset: Literal["coco", "shapes"] = "coco",
+        train_annotations: str = "annotations/instances_train2017.json",
+        val_annotations: str = "annotations/instances_val2017.json",
+        test_annotations: str | None = None,
+        train_images: str = "train2017",
+        val_images: str = "val2017",
+        test_images: str | None = None,
+        predict_folder: str | None = None,
+        categories: dict[int, str] | None = None,
+        masks: bool = True,
+        size: int = 800,
+        sizes: Sequence[int] | None = None,
+        max_size: int = 1333,
+        augmentation: Augmentation = "resize",
+        jitter: tuple[float, float] = (0.1, 2.0),
+        hflip: float = 0.5,
+        color_jitter: float = 0.0,
+        batch_size: int = 2,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        empty_images: bool = False,
+        shapes_size: int = 3000,
+        shapes_image_size: int = 64,
+        verify: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        for name, value, least in (
+            ("size", size, 1),
+            ("max_size", max_size, size),
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", self.val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if (test_annotations is None) != (test_images is None):
+            raise ValueError("test_annotations and test_images go together; give both or neither")
+        self.root = Path(root)
+        self.dataset = dataset
+        self.shapes_size = shapes_size
+        self.shapes_image_size = shapes_image_size
+        test = (val_annotations, val_images) if test_annotations is None else (test_annotations, test_images)
+        self.splits: dict[str, tuple[str, Any]] = {
+            "train": (train_annotations, train_images),
+            "val": (val_annotations, val_images),
+            "test": test,
+        }
+        self.predict_folder = predict_folder
+        self.masks = masks
+        self.size = size
+        self.max_size = max_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.empty_images = empty_images
+        self.verify = verify
+        self.seed = seed
+        self.resume: dict[str, int] = {}
+        self.transform = training_transform(
+            augmentation,
+            sizes=list(sizes or [size]),
+            size=size,
+            max_size=max_size,
+            jitter=jitter,
+            hflip=hflip,
+            color_jitter=color_jitter,
+        )
+        self._read: dict[str, Objects] = {}
+        self.categories = self._categories() if categories is None else dict(sorted(categories.items()))
+        if not self.categories:
+            raise ValueError("there are no categories to detect")
+
+    def _categories(self) -> dict[int, str]:
+        if self.dataset == "shapes":
+            return dict(enumerate(SHAPES, 1))
+        # validation first: it is the smaller file
+        paths = [self.root / self.splits[split][0] for split in ("val", "test", "train")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"there is no annotation file {paths[0]}")
+        content = read_json(path)
+        try:
+            return dict(sorted((row["id"], row["name"]) for row in content["categories"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no instance file: it lacks {error}") from error
+
+    def prepare_data(self) -> None:
+        """Write the shapes world if it is wanted and not there."""
+        if self.dataset == "shapes":
+            write_shapes(
+                self.root,
+                self.shapes_size,
+                distribution="balanced",
+                image_size=self.shapes_image_size,
+            )
+
+    def setup(self, stage: str) -> None:
+        """Read and check the files that the stage needs."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}[stage]
+        for split in wanted:
+            self._check(split)
+        if stage == "fit":
+            self.train_set = SeededDataset(self._set("train"), self.seed)
+            if len(self.train_set) < self.batch_size:
+                raise ValueError(
+                    f"{self.root / self.splits['train'][0]} has {len(self.train_set)} images with objects, "
+                    f"fewer than batch_size {self.batch_size}"
+                )
+
+    def _check(self, split: str) -> None:
+        path = self.root / self.splits[split][0]
+        folder = self.root / self.splits[split][1]
+        self._read[split] = objects = read_objects(path, self.masks)
+        if objects.categories != self.categories:
+            raise ValueError(f"{path} has categories {objects.categories}, not {self.categories}")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder of images at {folder}")
+        names = {number: objects.instances.file_name(number) for number in objects.rows}
+        missing = [name for name in names.values() if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path} lists {_some(missing)}, not in {folder}")
+        if self.verify:
+            for name in names.values():
+                open_image(folder / name)
+        if objects.left_out:
+            rank_zero_warn(f"{path}: left out {_some(objects.left_out, '; ')}")
+
+    def _set(self, split: str) -> "CocoSet":
+        folder = self.root / self.splits[split][1]
+        if split != "train":
+            return CocoSet(self._read[split], folder, self.masks)
+        return CocoSet(self._read[split], folder, self.masks, self.transform, self.empty_images)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order fixed by seed and epoch; a short last one is dropped."""
+        world_size, rank = self._place()
+        sampler = EpochSampler(self.train_set, self.seed, num_replicas=world_size, rank=rank)
+        self.train_loader = ResumableLoader(
+            self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
+        )
+        if self.resume:
+            self.train_loader.load_state_dict(self.resume)
+            self.resume = {}
+        return self.train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the training loader is."""
+        return self.train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Where the next training loader continues."""
+        self.resume = dict(state_dict)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """All validation images in order."""
+        return self._evaluation_loader(self._set("val"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """All test images in order."""
+        return self._evaluation_loader(self._set("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Images of `predict_files` with targets that hold nothing but their position, counted from 1."""
+        return self._evaluation_loader(_Files(self.predict_files))
+
+    @property
+    def predict_files(self) -> list[Path]:
+        """The images of the predict verb, in order."""
+        return list_images(self.predict_folder or self.root / self.splits["test"][1])
+
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+
+    def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.val_batch_size,
+            sampler=_EachOnce(dataset, *self._place(), shuffle=False),
+            **self._loading(),
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _collate,
+        }
+
+
+class CocoSet(Dataset[tuple[Tensor, Target]]):
+    """Images and targets of an instance file.
+
+    Args:
+        objects: its usable annotations.
+        folder: of the images.
+        masks: add the masks.
+        transform: of training; then crowds, and images without other objects, are left out, and boxes end at
+            the border of the image. Without it, images, boxes and crowds are as they are in the file.
+        empty_images: keep images without objects in training.
+
+    Raises:
+        ValueError: when there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        folder: Path,
+        masks: bool,
+        transform: v2.Transform | None = None,
+        empty_images: bool = False,
+    ) -> None:
+        self.objects = objects
+        self.folder = folder
+        self.masks = masks
+        self.transform = transform
+        self.labels = {number: label for label, number in enumerate(objects.categories, 1)}
+        self.ids = list(objects.rows)
+        if transform is not None:
+            filled = [number for number in self.ids if self._rows(number)]
+            if not filled:
+                raise ValueError(f"{folder}: no image has an object to train on")
+            self.ids = self.ids if empty_images else filled
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        number = self.ids[index]
+        path = self.folder / self.objects.instances.file_name(number)
+        row, rows = self.objects.instances.images[number], self._rows(number)
+        image = tv_tensors.Image(open_image(path))
+        size: tuple[int, int] = (row["height"], row["width"])
+        if tuple(image.shape[-2:]) != size:
+            raise ValueError(f"{path} has {tuple(image.shape[-2:])} pixels, its annotation file says {size}")
+        corners = [(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)]
+        target: Target = {
+            "image_id": number,
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
+                format="XYXY",
+                canvas_size=size,
+            ),
+            "labels": torch.tensor([self.labels[row["category_id"]] for row in rows], dtype=torch.int64),
+            "area": torch.tensor(
+                [row.get("area", row["bbox"][2] * row["bbox"][3]) for row in rows], dtype=torch.float64
+            ),
+            "iscrowd": torch.tensor([row.get("iscrowd", 0) for row in rows], dtype=torch.int64),
+        }
+        if self.masks:
+            masks = [annotation_mask(row["segmentation"], *size) for row in rows]
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)) if masks else _none(size))
+        if self.transform is not None:
+            image, target = self.transform(image, target)
+        target = {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in target.items()}
+        return image.as_subclass(Tensor), target if self.transform is None else drop_lost_objects(target)
+
+    def _rows(self, number: int) -> list[dict[str, Any]]:
+        rows = self.objects.rows[number]
+        return rows if self.transform is None else [row for row in rows if not row.get("iscrowd")]
+
+
+class _Files(Dataset[tuple[Tensor, Target]]):
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        return v2.functional.pil_to_tensor(open_image(self.files[index])), {"image_id": index + 1}
+
+
+class _EachOnce(DistributedSampler[Any]):
+    """Every sample on one device, none twice: repeated ones would count twice in the metric."""
+
+    def __iter__(self) -> Any:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def _collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+def _none(size: tuple[int, int]) -> Tensor:
+    return torch.zeros(0, *size, dtype=torch.bool)
+
+
+def _some(names: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """The first of many, and their number."""
+    rest = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)}: {separator.join(names[:limit])}{rest}"
