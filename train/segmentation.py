@@ -184,12 +184,16 @@ class SemanticSegmentation(LightningModule):
     def _count(self, stage: str, images: Tensor, labels: Tensor) -> Tensor:
         logits = self.at_size(self(images), labels.shape[-2:])
         found = logits.argmax(1)
-        self.confusion[f"{stage}_pixels"].update(found, labels.long())
+        counter, losses = self._counters(stage)
+        counter.update(found, labels.long())
         labelled = int((labels != IGNORED).sum())
         if labelled:
             loss = cross_entropy(logits, labels.long(), ignore_index=IGNORED)
-            self.losses[f"{stage}_loss"].update(loss, labelled)
+            losses.update(loss, labelled)
         return found
+
+    def _counters(self, stage: str) -> tuple[Any, Any]:
+        return self.confusion[f"{stage}_pixels"], self.losses[f"{stage}_loss"]
 
     @staticmethod
     def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -205,7 +209,7 @@ class SemanticSegmentation(LightningModule):
         self._measure("test")
 
     def _measure(self, stage: str) -> None:
-        counter, losses = self.confusion[f"{stage}_pixels"], self.losses[f"{stage}_loss"]
+        counter, losses = self._counters(stage)
         self.counted = counter.compute().cpu()
         measures = mean_measures(self.counted) | {"loss": float(losses.compute())}
         for name, value in measures.items():

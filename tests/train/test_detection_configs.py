@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
+from lightning import Trainer
 
 from tests.train.detection_mini import HEADS, make_coco
-from train.detection import DetectionCLI
+from train.detection import DetectionCLI, Detector
+from train.detection_data import CocoData
 from visionsel.models import registered_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -43,31 +45,48 @@ def coco(tmp_path_factory) -> Path:
     return make_coco(tmp_path_factory.mktemp("coco"), train=2, val=2)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Where the first configuration writes the world that the others reuse."""
-    return tmp_path_factory.mktemp("shapes") / "world"
+TRAINER = {
+    "max_epochs": 1,
+    "max_steps": 1,
+    "limit_val_batches": 0,
+    "accelerator": "cpu",
+    "precision": "32-true",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
 
 
-def step(path: Path, output: Path, root: Path, model: dict, data: dict) -> DetectionCLI:
-    """One update with parts of a configuration made smaller."""
+def write(path: Path, output: Path, root: Path, model: dict, data: dict) -> str:
+    """A configuration with parts made smaller; returns the file."""
     content = yaml.safe_load(path.read_text())
     content["model"] |= {"warmup_steps": 0, "checkpoint": None, "pretrained": False, "pictures": 0, **model}
     content["data"] |= {"root": str(root), "num_workers": 0, "batch_size": 2, **data}
-    content["trainer"] |= {
-        "max_epochs": 1,
-        "max_steps": 1,
-        "limit_val_batches": 0,
-        "accelerator": "cpu",
-        "precision": "32-true",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-    }
+    content["trainer"] |= TRAINER
     small = output / "config.yaml"
     small.write_text(yaml.safe_dump({**content, "output": str(output / "run")}))
-    return DetectionCLI(["fit", "--config", str(small)])
+    return str(small)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> DetectionCLI:
+    """The command line after it wrote a small world and took a step there; its parser serves the others."""
+    folder = tmp_path_factory.mktemp("shapes")
+    config = write(SHAPES[0], folder, folder / "world", {}, {"shapes_size": 10})
+    return DetectionCLI(["fit", "--config", config])
+
+
+def step(cli: DetectionCLI, config: str) -> tuple[Trainer, Detector]:
+    """One update of a configuration."""
+    parsed = cli.parser.parse_args(["fit", "--config", config])["fit"].as_dict()
+    data = CocoData(**parsed["data"])
+    shared = {name: getattr(data, name) for name in ("categories", "size", "max_size", "batch_size")}
+    model = Detector(**parsed["model"], **shared)
+    clip = parsed["trainer"]["gradient_clip_val"]
+    trainer = Trainer(**TRAINER, gradient_clip_val=clip)
+    trainer.fit(model, data)
+    return trainer, model
 
 
 def test_there_is_a_configuration_for_each_published_recipe() -> None:
@@ -99,7 +118,7 @@ def test_a_shipped_configuration_says_what_it_is(path) -> None:
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
-def test_a_recipe_takes_a_step_on_a_miniature_of_coco(path, coco, tmp_path) -> None:
+def test_a_recipe_takes_a_step_on_a_miniature_of_coco(path, coco, shapes, tmp_path) -> None:
     given = yaml.safe_load(path.read_text())["model"]
     whole = timm.create_model(given["backbone"], device="meta", **given.get("backbone_args", {}))
     assert [row["reduction"] for row in whole.feature_info] == [4, 8, 16, 32]
@@ -111,15 +130,20 @@ def test_a_recipe_takes_a_step_on_a_miniature_of_coco(path, coco, tmp_path) -> N
         backbone = "nat_tiny" if "focalnet" in given["backbone"] else given["backbone"]
         args = {**given["backbone_args"], **SMALLER[backbone]}
         model = {**HEADS, "backbone": backbone, "backbone_args": args, "detector_args": few}
-    cli = step(path, tmp_path, coco, model, {"size": 64, "sizes": [64], "max_size": 96})
-    assert cli.trainer.global_step == 1
-    assert float(cli.trainer.callback_metrics["train/loss"]) > 0
-    assert cli.model.hparams["lr_batch_size"] == 16
+    data = {"size": 64, "sizes": [64], "max_size": 96}
+    trainer, detector = step(shapes, write(path, tmp_path, coco, model, data))
+    assert trainer.global_step == 1
+    assert float(trainer.callback_metrics["train/loss"]) > 0
+    assert detector.hparams["lr_batch_size"] == 16
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
-def test_a_detector_of_shapes_writes_its_world_and_takes_a_step(path, world, tmp_path) -> None:
-    cli = step(path, tmp_path, world, {}, {"shapes_size": 10})
-    assert cli.trainer.global_step == 1
-    assert (world / "shapes.json").is_file()
+def test_a_detector_of_shapes_writes_its_world_and_takes_a_step(path, shapes, tmp_path) -> None:
     assert yaml.safe_load(path.read_text())["model"]["checkpoint"].startswith("embedded:")
+    root = shapes.datamodule.root
+    assert (root / "shapes.json").is_file()
+    if path == SHAPES[0]:
+        assert shapes.trainer.global_step == 1
+    else:
+        trainer, _ = step(shapes, write(path, tmp_path, root, {}, {"shapes_size": 10}))
+        assert trainer.global_step == 1

@@ -113,3 +113,14 @@ def test_pictures_have_the_resolution_of_the_image_or_a_multiple() -> None:
     assert word.plot().height > HEIGHT
     assert "1" not in repr(grounding)
     assert "star" in repr(grounding)
+
+
+def test_an_object_keeps_its_colour_when_it_is_drawn_alone() -> None:
+    words = [make_word(blob()), make_word(np.roll(blob(), 6, 0)), make_word(None)]
+    grounding = Grounding("a", words, words[0].image)
+    together, alone = (np.asarray(grounding.plot(some, scale=8)) for some in (None, [words[1]]))
+    row, column = 8 * 10 + 4, 8 * 6 + 4  # in the second mask, away from its label
+    assert together[row, column].any()
+    assert (together[row, column] == alone[row, column]).all()
+    first = np.asarray(grounding.plot([words[0]], scale=8))
+    assert (first[8 * 4 + 4, column] != alone[row, column]).any()

@@ -190,13 +190,16 @@ class Grounding:
         """The image with masks, boxes and names.
 
         Args:
-            words: None: the objects. Colours repeat after the seventh.
+            words: None: the objects, which keep their colours when they are drawn alone. Colours repeat after
+                the seventh.
             alpha: share of the colours of masks.
             scale: how many times as wide and high as the image; names want some 200 pixels.
         """
         shown = [word for word in (self.objects if words is None else words) if word.box is not None]
         palette = list(OKABE_ITO.values())
-        colors = [palette[number % len(palette)] for number in range(len(shown))]
+        known = [id(word) for word in self.objects if word.box is not None]
+        known += [id(word) for word in shown if id(word) not in known]
+        colors = [palette[known.index(id(word)) % len(palette)] for word in shown]
         masks = [word.mask.repeat(scale, 0).repeat(scale, 1) for word in shown]
         picture = overlay_masks(enlarge(self.image, scale), masks, colors, alpha)
         boxes = [[side * scale for side in word.box] for word in shown if word.box is not None]
