@@ -26,7 +26,7 @@ def pictures_folder(trainer: Trainer, folder: str | None) -> Path:
     """
     if folder is not None:
         return Path(folder)
-    folders = [logger.log_dir for logger in trainer.loggers if getattr(logger, "log_dir", None)]
+    folders = [folder for logger in trainer.loggers if (folder := getattr(logger, "log_dir", None))]
     if not folders:
         raise ValueError("the run keeps no logs; give the callback a folder for its pictures")
     return Path(folders[0]) / "pictures"

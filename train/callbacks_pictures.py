@@ -209,7 +209,7 @@ class FeaturePictures(Callback):
 def _stages(modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
     """The first timm model in a module, and those of its layers whose maps timm gives as features."""
     for owner, module in modules.items():
-        info = getattr(module, "feature_info", None)
+        info: Any = getattr(module, "feature_info", None)
         entries = info if isinstance(info, list) else info.get_dicts() if hasattr(info, "get_dicts") else []
         names = [str(entry["module"]) for entry in entries if "module" in entry]
         # the features_only form writes the last dot of a name as an underscore

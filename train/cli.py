@@ -132,9 +132,9 @@ class RunCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         writes = fit and config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
-        if not fit and config.get("enable_checkpointing") is None:
-            kwargs["enable_checkpointing"] = False
         named = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        if not fit and config.get("enable_checkpointing") is None and not named:
+            kwargs["enable_checkpointing"] = False
         if named and self._get(self.config, "save_every") is not None:
             raise ValueError("save_every belongs to our checkpoints; the ModelCheckpoint given replaces them")
         if writes and not named:
