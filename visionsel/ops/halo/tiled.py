@@ -159,9 +159,10 @@ def tiled(
         out = torch.bmm(logits.softmax(-1), value)
         out = out.view(batch * blocks, heads, side * side, value_dim)
     out = out.transpose(1, 2)
-    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
-        # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX
-        out = out.clone(memory_format=torch.contiguous_format)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads both sides of an "and")
+        if torch.compiler.is_exporting():
+            # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX
+            out = out.clone(memory_format=torch.contiguous_format)
     out = out.contiguous().flatten().view(batch * pixels, heads * value_dim)
     out = _gather(out, places, batch, pixels).flatten().view(batch, pixels * heads * value_dim)
     return out.view(batch, rows * side, columns * side, heads, value_dim)
