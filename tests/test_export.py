@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `train.classification` writes it."""
     torch.manual_seed(0)
     model = timm.create_model("biformer_tiny", num_classes=3, **ARGS)
-    preprocessing = {"input_size": (3, 64, 96), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    preprocessing = {"input_size": (3, 128, 192), "mean": (0.5,) * 3, "std": (0.2,) * 3}
     recipe = {"model": "biformer_tiny", "model_args": ARGS, "class_names": ["ant", "bee", "cow"]}
     path = tmp_path_factory.mktemp("runs") / "best.ckpt"
     torch.save(
@@ -51,12 +51,12 @@ def test_a_folder_for_the_hub_comes_back_with_labels_sizes_and_a_card(
     assert list(folder.parent.iterdir()) == [folder]
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     ours = load_classifier(None, checkpoint, "cpu").model
-    image = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, 128, 192)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(image), ours(image), rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == ["ant", "bee", "cow"]
-    assert config["pretrained_cfg"]["input_size"] == [3, 64, 96]
+    assert config["pretrained_cfg"]["input_size"] == [3, 128, 192]
     card = (folder / "README.md").read_text()
     assert "license: other" in card  # of weights that are the user's own, nothing is claimed
     assert f'timm.create_model("local-dir:{folder}"' in card
@@ -114,7 +114,7 @@ def test_a_program_serves_other_sizes_and_onnx_the_fixed_one(
     )
     assert status == 0
     found = json.loads(out)
-    assert found["shapes"] == [[1, 3, 64, 96], [3, 3, 96, 160]]
+    assert found["shapes"] == [[1, 3, 128, 192], [3, 3, 160, 256]]
     assert 0 <= found["difference"] < 1e-4
     program = torch.export.load(tmp_path / "a.pt2").module()
     status, out, _ = run(
@@ -124,7 +124,7 @@ def test_a_program_serves_other_sizes_and_onnx_the_fixed_one(
     assert status == 0
     assert "run with images of [1, 3, 64, 64] and [3, 3, 64, 64]: logits differ by" in out
     onnx = export.onnx_function(tmp_path / "a.onnx")
-    for images, exported in ((torch.randn(2, 3, 70, 50), program), (torch.randn(5, 3, 64, 64), onnx)):
+    for images, exported in ((torch.randn(2, 3, 150, 130), program), (torch.randn(5, 3, 64, 64), onnx)):
         with torch.inference_mode():
             logits = classifier.model(images)
         assert (exported(images) - logits).abs().max() < 1e-4 * max(1, logits.abs().max())
@@ -147,6 +147,19 @@ def test_an_export_that_gives_other_logits_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other logits than the model for images of \[1, 3, 320, 320\]"):
         export.write_program(Moody(), tmp_path / "a.pt2", (320, 320))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_does_not_serve_the_sizes_says_so() -> None:
+    def export_of_one_size(images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[-1] == 64, "Guard failed: width"
+        return model(images)
+
+    model = Moody()
+    with pytest.raises(
+        ValueError, match=r"not run with images of \[3, 3, 96, 128\], nothing .*Guard failed: width"
+    ):
+        export._compare(model, export_of_one_size, (64, 64), True)
+    assert export._compare(model, export_of_one_size, (64, 64), False)["difference"] == 0
 
 
 @pytest.mark.parametrize(

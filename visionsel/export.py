@@ -143,7 +143,14 @@ def _compare(
     for shape in shapes:
         images = torch.randn(shape, generator=generator).to(device)
         logits = model(images).float()
-        difference = (exported(images).to(device).float() - logits).abs().max().item()
+        try:
+            found = exported(images)
+        except Exception as error:  # guards of torch and shapes of onnxruntime have many kinds
+            raise ValueError(
+                f"the export does not run with images of {list(shape)}, nothing was written; fix the size or "
+                f"trace with a larger one: {' '.join(str(error).split())[:300]}"
+            ) from error
+        difference = (found.to(device).float() - logits).abs().max().item()
         largest = max(largest, difference / max(1.0, logits.abs().max().item()))
         if not largest <= TOLERANCE:
             raise ValueError(

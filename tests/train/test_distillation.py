@@ -74,7 +74,7 @@ def test_training_weighs_labels_and_teacher_and_saves_the_student_alone(
     # a student that does not change: its loss can be computed afterwards
     model = {**recipe, "lr": 1e-12, "ema_decay": 0.5, "model_args": {**recipe["teacher_args"]}}
     model["model_args"]["drop_path_rate"] = 0.0
-    config = write_config(model=model, trainer={"max_epochs": 1, "limit_train_batches": 1})
+    config = write_config(model=model, trainer={"max_epochs": 1}, data={"batch_size": 24})  # one batch
     cli = ClassificationCLI(["fit", "--config", str(config)])
     ((images, answers),) = seen
     labels = next(iter(cli.datamodule.train_dataloader()))[1]

@@ -82,7 +82,8 @@ def test_a_small_image_is_enlarged_and_a_large_one_made_smaller(llava: Any) -> N
     pruned = prune(llava, "llava", Chosen(((0, (5,)),)), batch=1)
     small = pruned.picture(noise(64, 64))
     assert small.width == LEFT + 384 + 20
-    assert pruned.picture(noise(2048, 1024)).width == LEFT + 1024 + 20
+    margin = round(20 * 1024 / 384)  # what is beside a panel grows with it
+    assert pruned.picture(noise(2048, 1024)).width == margin + 1024 + margin
 
 
 def test_each_stage_has_its_shade_the_later_the_lighter(llava: Any) -> None:
@@ -110,13 +111,14 @@ def test_what_the_processor_cuts_off_fades_and_the_rest_lies_where_it_was_seen(
 ) -> None:
     pruned = prune(llava, "llava", Chosen(((0, tuple(range(0, 16, 4))),)), batch=1)  # the left column
     image = noise(400, 200)  # its middle square of 200 x 200 pixels is seen
-    shown, given = panel(pruned.picture(image, processor), 400, 200), np.asarray(image).astype(int)
+    left, top = 21, 33  # what is beside a panel grows with it
+    shown, given = panel(pruned.picture(image, processor), 400, 200, left, top), np.asarray(image).astype(int)
     assert np.array_equal(shown[:, 100:150], given[:, 100:150])
     assert (shown[:, :97] > 200).all()
     assert (shown[:, 303:] > 200).all()
     assert shown[:, 155:295].mean() < 0.8 * given[:, 155:295].mean()
     # without the processor the grid lies over the whole image
-    over = panel(pruned.picture(image), 400, 200)
+    over = panel(pruned.picture(image), 400, 200, left, top)
     assert np.array_equal(over[:, :100], given[:, :100])
 
 
