@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -19,10 +18,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from train.detection_transforms import Augmentation, drop_lost_objects, training_transform
+from train.resumable_data import ResumableData
 from visionsel.data.coco import annotation_mask, read_json
 from visionsel.data.coco_objects import Objects, read_objects
 from visionsel.data.imagefolder import list_images, open_image
-from visionsel.data.resumable import EpochSampler, ResumableLoader, SeededDataset
+from visionsel.data.resumable import SeededDataset
 from visionsel.data.shapes import SHAPES, write_shapes
 
 __all__ = ["CocoData", "CocoSet", "Target"]
@@ -30,7 +30,7 @@ __all__ = ["CocoData", "CocoSet", "Target"]
 Target = dict[str, Any]
 
 
-class CocoData(LightningDataModule):
+class CocoData(ResumableData):
     """Training, validation, test and prediction images of a detector.
 
     The defaults are COCO's own layout: `annotations/instances_train2017.json`, `train2017/`, and so on.
@@ -127,7 +127,6 @@ class CocoData(LightningDataModule):
         self.empty_images = empty_images
         self.verify = verify
         self.seed = seed
-        self.resume: dict[str, int] = {}
         self.transform = training_transform(
             augmentation,
             sizes=list(sizes or [size]),
@@ -205,23 +204,7 @@ class CocoData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order fixed by seed and epoch; a short last one is dropped."""
-        world_size, rank = self._place()
-        sampler = EpochSampler(self.train_set, self.seed, num_replicas=world_size, rank=rank)
-        self.train_loader = ResumableLoader(
-            self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-        )
-        if self.resume:
-            self.train_loader.load_state_dict(self.resume)
-            self.resume = {}
-        return self.train_loader
-
-    def state_dict(self) -> dict[str, int]:
-        """How far the training loader is."""
-        return self.train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where the next training loader continues."""
-        self.resume = dict(state_dict)
+        return self.training_loader(self.train_set)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation images in order."""
@@ -240,25 +223,17 @@ class CocoData(LightningDataModule):
         """The images of the predict verb, in order."""
         return list_images(self.predict_folder or self.root / self.splits["test"][1])
 
-    def _place(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=self.val_batch_size,
-            sampler=_EachOnce(dataset, *self._place(), shuffle=False),
-            **self._loading(),
+            sampler=_EachOnce(dataset, *self.devices(), shuffle=False),
+            **self.loading(),
         )
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": _collate,
-        }
+    def loading(self) -> dict[str, Any]:
+        """Those of every loader; images of different sizes make no tensor."""
+        return {**super().loading(), "collate_fn": _collate}
 
 
 class CocoSet(Dataset[tuple[Tensor, Target]]):

@@ -140,7 +140,7 @@ class WordData(ShapesStreamData):
         if not self.held_out:
             return super().val_dataloader()[1:]
         fixed: Any = self.held_out
-        return [DataLoader(_Fixed(self, fixed), self.batch_size, shuffle=False, **self._loading())]
+        return [DataLoader(_Fixed(self, fixed), self.batch_size, shuffle=False, **self.loading())]
 
     def _open(self, name: str) -> np.ndarray:
         path = next((folder / name for folder in self.images if (folder / name).is_file()), None)

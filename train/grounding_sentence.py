@@ -153,7 +153,7 @@ class AnswerMaskData(ShapesStreamData):
         if not self.splits:
             return super().val_dataloader()[1:]
         rows = _Rows(self, self.val_split)
-        return [DataLoader(rows, batch_size=self.batch_size, shuffle=False, **self._loading())]
+        return [DataLoader(rows, batch_size=self.batch_size, shuffle=False, **self.loading())]
 
 
 class _Rows(Dataset[Item]):

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from train.resumable_data import ResumableData
 from visionsel.data import digits
 from visionsel.data.imagefolder import (
     check_image_folder,
@@ -20,7 +20,7 @@ from visionsel.data.imagefolder import (
     open_image,
     read_image_folder,
 )
-from visionsel.data.resumable import EpochSampler, EvenSampler, ResumableLoader, SeededDataset, seeded
+from visionsel.data.resumable import EvenSampler, SeededDataset, seeded
 from visionsel.data.shards import ShardLoader, ShardStream, find_shards, index_shards
 
 __all__ = ["IGNORED", "ImageFolderData", "read_class_names"]
@@ -29,7 +29,7 @@ IGNORED = -100
 """The label of an image that only fills up a batch; PyTorch's losses leave it out."""
 
 
-class ImageFolderData(LightningDataModule):
+class ImageFolderData(ResumableData):
     """Training, validation, test and prediction images with timm's transforms.
 
     Args:
@@ -127,8 +127,6 @@ class ImageFolderData(LightningDataModule):
         self.repeats = repeats
         self.verify = verify
         self.seed = seed
-        self.resume: dict[str, Any] = {}
-        self.train_loader: ShardLoader | ResumableLoader | None = None
         self.preprocessing: dict[str, Any] = {
             "input_size": (3, image_size, image_size),
             "interpolation": interpolation,
@@ -191,73 +189,28 @@ class ImageFolderData(LightningDataModule):
 
     def _check_size(self, split: str, size: int) -> None:
         """A device without a batch would hold up the others."""
-        least = self.batch_size * self._devices()[0] if split == "train" else 1
+        least = self.batch_size * self.devices()[0] if split == "train" else 1
         if size < least:
             raise ValueError(
                 f"{self.address}/{self.splits[split]} has {size} images, "
                 f"fewer than batch_size {self.batch_size}"
-                + (f" on each of {self._devices()[0]} devices" if least > self.batch_size else "")
+                + (f" on each of {self.devices()[0]} devices" if least > self.batch_size else "")
             )
-
-    def _devices(self) -> tuple[int, int]:
-        """How many there are, and which one this is."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def train_dataloader(self) -> Any:
         """Batches of images and labels, in an order fixed by seed and epoch; a short last one is dropped."""
-        world_size, rank = self._devices()
-        if self.dataset == "shards":
-            stream = ShardStream(
-                self._shards("train"),
-                _Sample(self.train_transform, self.seed),
-                len(self.class_names),
-                self.batch_size,
-                self.shuffle_buffer,
-                self.seed,
-                world_size,
-                rank,
-            )
-            self.train_loader = self._shard_loader(stream)
-        else:
-            sampler = EpochSampler(self.train_set, self.seed, self.repeats, world_size, rank)
-            self.train_loader = ResumableLoader(
-                self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-            )
-        if self.resume:
-            self._go_on()
-            self.resume = {}
-        return self.train_loader
-
-    def _go_on(self) -> None:
-        assert self.train_loader is not None
-        self._check_batch(self.resume)
-        self.train_loader.load_state_dict(self.resume)
-
-    def _check_batch(self, state: dict[str, Any]) -> None:
-        """An epoch of a folder goes on with other devices, but not with other batches of all together."""
-        saved, now = state.get("global_batch"), self.batch_size * self._devices()[0]
-        if self.dataset == "shards" or saved in (None, now):
-            return
-        if 0 < state["batches"] < len(self.train_set) // saved:
-            raise ValueError(
-                f"the checkpoint is from the middle of an epoch with {saved} images a batch on all devices, "
-                f"not {now}; go on with as many, or from the end of an epoch"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far the training loader is.
-
-        Lightning 2.6 saves the loader's own state too, but does not give it back where the number of updates
-        was asked for before, as a schedule has to.
-        """
-        state = {} if self.train_loader is None else self.train_loader.state_dict()
-        return {**state, "global_batch": self.batch_size * self._devices()[0]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Where training continues."""
-        self.resume = dict(state_dict)
-        if self.train_loader is not None:  # strategies that shard restore when there is one already
-            self._go_on()
+        if self.dataset != "shards":
+            return self.training_loader(self.train_set, self.repeats)
+        stream = ShardStream(
+            self._shards("train"),
+            _Sample(self.train_transform, self.seed),
+            len(self.class_names),
+            self.batch_size,
+            self.shuffle_buffer,
+            self.seed,
+            *self.devices(),
+        )
+        return self.resumed(self._shard_loader(stream))
 
     def val_dataloader(self) -> Any:
         """All validation images, each on one device; those with label -100 only fill up a batch."""
@@ -285,7 +238,7 @@ class ImageFolderData(LightningDataModule):
         return read_image_folder(self.root / self.splits[split], transform)
 
     def _evaluation_loader(self, split: str) -> Any:
-        world_size, rank = self._devices()
+        world_size, rank = self.devices()
         if self.dataset == "shards":
             padding = torch.zeros(self.preprocessing["input_size"]), IGNORED
             stream = ShardStream(
@@ -305,24 +258,16 @@ class ImageFolderData(LightningDataModule):
 
     def _in_order(self, dataset: Dataset[Any], sampler: EvenSampler | None = None) -> DataLoader[Any]:
         return DataLoader(
-            dataset, batch_size=self.val_batch_size, shuffle=False, sampler=sampler, **self._loading()
+            dataset, batch_size=self.val_batch_size, shuffle=False, sampler=sampler, **self.loading()
         )
 
     def _shards(self, split: str) -> Any:
         return find_shards(self.address, self.splits[split], self.shard_index)
 
     def _shard_loader(self, stream: ShardStream) -> ShardLoader:
-        loading = self._loading()
+        loading = self.loading()
         del loading["persistent_workers"]
         return ShardLoader(stream, **loading)
-
-    def _loading(self) -> dict[str, Any]:
-        # everything by name: Lightning makes some loaders again from their arguments
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

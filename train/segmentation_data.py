@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from train.callbacks_bad_samples import BadSampleError, ReplaceBadSamples, good_samples, open_sample
+from train.resumable_data import ResumableData
 from train.segmentation_files import (
     ADE20K_NAMES,
     SHAPE_CLASSES,
@@ -23,12 +23,12 @@ from train.segmentation_files import (
 )
 from train.segmentation_transforms import IGNORED, EvalTransform, TrainTransform
 from visionsel.data.imagefolder import list_images
-from visionsel.data.resumable import EpochSampler, EvenSampler, ResumableLoader, SeededDataset
+from visionsel.data.resumable import EvenSampler, SeededDataset
 
 __all__ = ["SegmentationData"]
 
 
-class SegmentationData(LightningDataModule):
+class SegmentationData(ResumableData):
     """Training, validation, test and prediction images of a segmentation data set.
 
     Args:
@@ -121,7 +121,6 @@ class SegmentationData(LightningDataModule):
         self.on_bad = on_bad
         self.bad_samples = Path(bad_samples)
         self.seed = seed
-        self.resume: dict[str, int] = {}
         mean, std = tuple(mean), tuple(std)
         image_scale = None if image_scale is None else (image_scale[0], image_scale[1])
         self.preprocessing: dict[str, Any] = {
@@ -222,24 +221,7 @@ class SegmentationData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Crops and their labels, in an order fixed by seed and epoch; a short last batch is dropped."""
-        trainer = self.trainer
-        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        sampler = EpochSampler(self.train_set, self.seed, num_replicas=world_size, rank=rank)
-        self.train_loader = ResumableLoader(
-            self.train_set, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-        )
-        if self.resume:
-            self.train_loader.load_state_dict(self.resume)
-            self.resume = {}
-        return self.train_loader
-
-    def state_dict(self) -> dict[str, int]:
-        """How far the training loader is."""
-        return self.train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where the next training loader continues."""
-        self.resume = dict(state_dict)
+        return self.training_loader(self.train_set)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation images as the model sees them, and their labels at the size of the files, in order."""
@@ -254,9 +236,10 @@ class SegmentationData(LightningDataModule):
         return self._evaluation_loader(self.predict_set)
 
     def _shared_loader(self) -> DataLoader[Any]:
-        if self.trainer is None or self.trainer.world_size == 1:
+        count, rank = self.devices()
+        if count == 1:
             return self._evaluation_loader(self.eval_set)
-        sampler = EvenSampler(self.eval_set, self.trainer.world_size, self.trainer.global_rank)
+        sampler = EvenSampler(self.eval_set, count, rank)
         return self._evaluation_loader(_Filled(self.eval_set), sampler=sampler)
 
     def _evaluation_loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
@@ -266,16 +249,8 @@ class SegmentationData(LightningDataModule):
             shuffle=False,
             collate_fn=collate_alike,
             **arguments,
-            **self._loading(),
+            **self.loading(),
         )
-
-    def _loading(self) -> dict[str, Any]:
-        # everything by name: Lightning makes some loaders again from their arguments
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
 
 
 def collate_alike(items: list[Any]) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from visionsel.data.resumable import EpochSampler, Key, ResumableLoader
+from train.resumable_data import ResumableData
+from visionsel.data.resumable import Key
 from visionsel.data.shapes import Sample, ShapesWorld
 
 __all__ = ["VALIDATION_SEED", "ShapesStreamData", "training_seed"]
@@ -34,7 +34,7 @@ def training_seed(seed: int) -> int:
     return 2**30 - 1 - seed
 
 
-class ShapesStreamData(LightningDataModule):
+class ShapesStreamData(ResumableData):
     """Batches made from scenes of the "train" and "balanced" distributions.
 
     Args:
@@ -82,7 +82,6 @@ class ShapesStreamData(LightningDataModule):
         self.max_objects = max_objects
         self.num_workers = num_workers
         self.seed = seed
-        self.resume: dict[str, int] = {}
         self.world("balanced", training_seed(seed))  # its errors, before anything starts
 
     def make(self, sample: Sample, generator: np.random.Generator, epoch: int) -> Any:
@@ -107,25 +106,7 @@ class ShapesStreamData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches fixed by seed and epoch; a short last one is dropped."""
-        trainer = self.trainer
-        world_size, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        stream = _Stream(self)
-        sampler = EpochSampler(stream, self.seed, num_replicas=world_size, rank=rank)
-        self.train_loader = ResumableLoader(
-            stream, batch_size=self.batch_size, sampler=sampler, drop_last=True, **self._loading()
-        )
-        if self.resume:
-            self.train_loader.load_state_dict(self.resume)
-            self.resume = {}
-        return self.train_loader
-
-    def state_dict(self) -> dict[str, int]:
-        """How far the training loader is."""
-        return self.train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where the next training loader continues."""
-        self.resume = dict(state_dict)
+        return self.training_loader(_Stream(self))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for "train" and one for "balanced"; the same scenes at every validation."""
@@ -134,18 +115,14 @@ class ShapesStreamData(LightningDataModule):
                 _Fixed(self, self.world(distribution, VALIDATION_SEED)),
                 batch_size=self.batch_size,
                 shuffle=False,
-                **self._loading(),
+                **self.loading(),
             )
             for distribution in ("train", "balanced")
         ]
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "collate_fn": self.collate,
-        }
+    def loading(self) -> dict[str, Any]:
+        """Those of every loader, and how samples become a batch."""
+        return {**super().loading(), "collate_fn": self.collate}
 
 
 class _Stream(Dataset[Any]):
