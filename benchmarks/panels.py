@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from visionsel.viz import OKABE_ITO
+from visionsel.multimodal.pruning.picture import RAMP, TINT
+from visionsel.viz import OKABE_ITO, ink_on
 
 __all__ = ["Panel", "Piece", "page", "tag", "veil"]
 
@@ -14,7 +15,6 @@ WIDTH, MARGIN, GAP = 1640, 32, 24  # pixels; pages show it at about half the siz
 LARGEST = 400  # side of a panel
 PAPER, INK, FAINT = "#ffffff", "#20242c", "#5c6470"
 LARGE, SMALL = 34, 26  # of letters
-VEIL, STRENGTH = (44, 52, 76), 0.78  # as in pictures of what a pruner kept
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _write(
                 draw.rounded_rectangle(
                     (x, y - pad / 2, x + length, y + size * 1.2), radius=6, fill=piece.fill
                 )
-                ink = ink_on(piece.fill)
+                ink = ink_on(ImageColor.getrgb(piece.fill)[:3])
                 x += pad
             draw.text((x, y), word, fill=ink, font=font)
             end = x + font.getlength(word)
@@ -87,11 +87,6 @@ def _write(
     return y + round(size * 1.45)
 
 
-def ink_on(fill: str) -> str:
-    """Black or white, whichever can be read on a colour."""
-    return "black" if np.dot(ImageColor.getrgb(fill)[:3], (0.299, 0.587, 0.114)) > 120 else "white"
-
-
 def tag(image: Image.Image, at: tuple[int, int], text: str, color: str, size: int = 30) -> None:
     """Draw a number into the corner of a box."""
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
@@ -99,7 +94,7 @@ def tag(image: Image.Image, at: tuple[int, int], text: str, color: str, size: in
     x = min(max(at[0], 0), image.width - width)
     y = min(max(at[1], 0), image.height - size - 6)
     draw.rectangle((x, y, x + width, y + size + 6), fill=color)
-    draw.text((x + 7, y), text, fill=ink_on(color), font=font)
+    draw.text((x + 7, y), text, fill=ink_on(ImageColor.getrgb(color)[:3]), font=font)
 
 
 def veil(image: Image.Image, kept: np.ndarray, query: tuple[int, int] | None = None) -> Image.Image:
@@ -113,7 +108,7 @@ def veil(image: Image.Image, kept: np.ndarray, query: tuple[int, int] | None = N
     rows, columns = image.height // kept.shape[0], image.width // kept.shape[1]
     pixels = np.asarray(image, dtype=float)
     grey = pixels @ np.array([0.299, 0.587, 0.114])
-    shaded = (1 - STRENGTH) * grey[..., None] + STRENGTH * np.array(VEIL)
+    shaded = (1 - TINT) * grey[..., None] + TINT * RAMP[0]  # as what a pruner dropped
     shown = kept.repeat(rows, 0).repeat(columns, 1)
     picture = Image.fromarray(np.where(shown[..., None], pixels, shaded).round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)

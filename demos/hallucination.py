@@ -26,7 +26,7 @@ from visionsel.multimodal.grounding.words import find_words
 from visionsel.multimodal.intervention import method_name
 from visionsel.multimodal.modulation import MODULATORS, GroundingHeads, head_importance
 from visionsel.multimodal.prompts import chat_inputs, user_turn
-from visionsel.viz import heat_colors
+from visionsel.viz import heat_colors, ink_on
 
 __all__ = [
     "Remedied",
@@ -225,9 +225,8 @@ def head_table(
         cells = []
         for head, (value, share) in enumerate(zip(row, places, strict=True)):
             rgb = heat_colors(share).round().astype(int).tolist()
-            ink = "black" if np.dot(rgb, (0.299, 0.587, 0.114)) > 128 else "white"
             kind = "strong" if head in framed.get(layer, ()) else ""
-            color = f"background: rgb({rgb[0]}, {rgb[1]}, {rgb[2]}); color: {ink}"
+            color = f"background: rgb({rgb[0]}, {rgb[1]}, {rgb[2]}); color: {ink_on(rgb)}"
             cells.append(f'<td class="{kind}" style="{color}">{value:.2g}</td>')
         rows.append(f"<tr><th>layer {layer}</th>{''.join(cells)}</tr>")
     frames = f" A frame: strengthened by {html.escape(title)}." if framed else ""

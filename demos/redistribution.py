@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from demos.models import Models
-from visionsel.multimodal.attention import AttentionCall, Output, attention_rows
+from visionsel.multimodal.attention import AttentionCall, Output, explicit_attention
 from visionsel.multimodal.grounding import TokenGrid
 from visionsel.multimodal.grounding.replay import Replay
 from visionsel.multimodal.modulation.heads import output_projection
@@ -116,10 +116,7 @@ class _Layer:
 
 def _with_weights(call: AttentionCall, *tensors: Any, **arguments: Any) -> Output:
     """A kernel that tells its weights."""
-    weights = attention_rows(call)
-    groups = weights.shape[1] // call.value.shape[1]
-    value = call.value.to(weights.dtype).repeat_interleave(groups, 1)
-    return (weights @ value).transpose(1, 2).to(call.query.dtype), weights
+    return explicit_attention(call)
 
 
 def draw_gazes(image: Image.Image, plain: Gaze, changed: Mapping[str, Gaze]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from visionsel import export
@@ -62,6 +63,14 @@ def test_a_folder_for_the_hub_comes_back_with_labels_sizes_and_a_card(
     assert f'timm.create_model("local-dir:{folder}"' in card
     assert "BiFormer" in card
     assert "3: ant, bee, cow" in card
+    Image.new("RGB", (192, 128), "green").save(tmp_path / "green.png")
+    arguments = ["predict", str(tmp_path / "green.png"), "--json", "--device", "cpu"]
+    told = []
+    for weights in (["--model", f"local-dir:{folder}"], ["--checkpoint", str(checkpoint)]):
+        assert main([*arguments, *weights]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+    assert {one["label"] for one in told[0][0]["classes"]} == {"ant", "bee", "cow"}
     status, _, err = run(capsys, "--checkpoint", checkpoint, "--to", "hub", "-o", folder)
     assert status == 1
     assert f"{folder} exists; name another folder" in err
@@ -143,6 +152,19 @@ class Moody(nn.Module):
         return (images.mean((2, 3)) + self.weight) * scale
 
 
+def test_an_export_names_what_is_in_the_way_before_it_traces(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--to", "onnx", "-o", tmp_path)
+    assert status == 1
+    assert f"{tmp_path} is a folder; name a file in it" in err
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--to", "onnx", "-o", tmp_path / "a.onnx")
+    assert status == 1
+    assert 'ONNX needs onnxruntime: pip install "visionsel[export]"' in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_gives_other_logits_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other logits than the model for images of \[1, 3, 320, 320\]"):
         export.write_program(Moody(), tmp_path / "a.pt2", (320, 320))
@@ -169,7 +191,7 @@ def test_an_export_that_does_not_serve_the_sizes_says_so() -> None:
         (("--to", "hub", "--private"), "give --push OWNER/NAME"),
         (("--to", "hub", "--size", "64"), "--size and --fixed-size are for --to program and --to onnx"),
         (("--to", "onnx", "--size", "0"), "--size takes one or two numbers above 0"),
-        (("--to", "onnx"), "name a model with --model"),
+        (("--to", "onnx"), "name a model, or a training checkpoint with --checkpoint"),
         (("halonet_h0_256", "--to", "onnx"), "no weights of halonet_h0_256 were released"),
     ],
 )

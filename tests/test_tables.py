@@ -212,6 +212,10 @@ def test_numbers_of_the_readme_are_those_of_the_pages() -> None:
         told = model_table.PAGE.parents[1].joinpath(page_).read_text()
         for value in re.findall(r"0?\.\d+|\d+\.\d+x", f"{without} {with_}"):
             assert value in told or value.removeprefix("0") in told, value
+        for value, name in re.findall(r"(\d*\.\d+) `(\w+)`", with_):
+            rows = [line.lower().replace("_", "") for line in told.splitlines() if line.startswith("|")]
+            row = [one for one in rows if f"`{name.lower().replace('_', '')}" in one]
+            assert any(value.removeprefix("0") in one for one in row), (name, value)
     for family in model_table.FAMILIES:
         tops = sorted(float(one.top1) for one in family.published.values() if one.top1)
         if tops:

@@ -1,4 +1,4 @@
-"""Callbacks for any of the training programs; none of them changes a loss.
+"""Callbacks for the Lightning programs; none of them changes a loss.
 
     trainer:
       callbacks:

@@ -1,4 +1,4 @@
-"""Train, validate, test and apply a detector over any timm backbone: Mask R-CNN, RetinaNet, RT-DETR and kin.
+"""Train, validate, test and apply detectors over hierarchical timm backbones: Mask R-CNN, RetinaNet, RT-DETR.
 
     python -m train.detection fit --config configs/shapes/mask_rcnn_biformer.yaml
     python -m train.detection fit --config configs/coco/mask_rcnn_nat_tiny_3x.yaml --data.root /data/coco

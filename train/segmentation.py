@@ -1,4 +1,4 @@
-"""Semantic segmentation: the decoders of segmentation_models_pytorch over any timm model.
+"""Semantic segmentation: the decoders of segmentation_models_pytorch over a hierarchical timm model.
 
     python -m train.segmentation fit --config configs/shapes/upernet_biformer.yaml
     python -m train.segmentation fit --config configs/ade20k/upernet_biformer_small.yaml \\

@@ -84,6 +84,8 @@ def _run(options: argparse.Namespace) -> int:
         if getattr(options, "device", None) is not None:
             choose_device(options.device)  # refused before anything is read or loaded
         status: int = options.run(options) or 0
+        if options.verb == "evaluate":
+            options.processes.part()
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:

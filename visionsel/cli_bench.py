@@ -187,6 +187,8 @@ def _bench(parsers: Mapping[str, argparse.ArgumentParser], options: argparse.Nam
     from visionsel.devices import choose_device
 
     check_form(options)
+    if options.explain and options.benchmark is not None:
+        raise ValueError(f"--explain measures nothing: leave out {options.benchmark}, or --explain")
     if "threads" in options:
         torch.set_num_threads(options.threads)
     device = choose_device(getattr(options, "device", None))
@@ -233,7 +235,7 @@ def _text(tables: Tables, markdown: bool) -> str:
 def _write(path: Path, content: Any, tables: Tables) -> None:
     from visionsel.files import whole_file
 
-    text = _text(tables, markdown=True) if path.suffix == ".md" else json.dumps(content, indent=2)
+    text = _text(tables, markdown=True) if path.suffix.lower() == ".md" else json.dumps(content, indent=2)
     with writing(path), whole_file(path) as partial:
         partial.write_text(text + "\n")
     print(f"written to {path}", file=sys.stderr)

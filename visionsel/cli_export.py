@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from visionsel.cli_text import add_verb
+from visionsel.cli_text import add_verb, writing
 
 __all__ = ["add_export"]
 
@@ -72,11 +72,15 @@ def _export(options: argparse.Namespace) -> None:
         raise ValueError("--size and --fixed-size are for --to program and --to onnx")
     if options.size and (len(options.size) > 2 or min(options.size) < 1):
         raise ValueError(f"--size takes one or two numbers above 0, got {options.size}")
+    if options.to != "hub" and options.out.is_dir():
+        raise ValueError(f"{options.out} is a folder; name a file in it")
     classifier = load_classifier(options.model, options.checkpoint, "cpu")
     model: Any = classifier.model
     result: dict[str, Any]
     if options.to == "hub":
-        licence = options.license or ("other" if options.checkpoint else model.pretrained_cfg["license"])
+        licence = options.license or (
+            "other" if options.checkpoint else model.pretrained_cfg.get("license") or "other"
+        )
         source = (
             f"the file {options.checkpoint.name}" if options.checkpoint else f"the release {options.model}"
         )
@@ -88,13 +92,16 @@ def _export(options: argparse.Namespace) -> None:
     else:
         height, width = (options.size * 2)[:2] if options.size else model.pretrained_cfg["input_size"][1:]
         write = export.write_onnx if options.to == "onnx" else export.write_program
-        result = write(model, options.out, (height, width), not options.fixed_size)
+        with writing(options.out, alone=False):
+            result = write(model, options.out, (height, width), not options.fixed_size)
     if options.json:
         print(json.dumps(result, indent=2))
         return
     print(f"written: {result['path']}")
     if "difference" in result:
         shapes = " and ".join(str(shape) for shape in result["shapes"])
-        print(f"run with images of {shapes}: logits differ by {result['difference']:.1e} at most")
+        print(
+            f"run with images of {shapes}: logits differ by {result['difference']:.1e} of the largest at most"
+        )
     if "commit" in result:
         print(f"uploaded: {result['commit']}")

@@ -7,7 +7,9 @@ give the model's logits.
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,8 +65,8 @@ def write_program(
     """Write the model as `torch.export` saves it (`.pt2`), and run it.
 
     Returns:
-        `{"path", "sizes", "difference"}`: the shapes that it was run with, and the largest difference of its
-        logits.
+        `{"path", "shapes", "difference"}`: the shapes of the images that it was run with, and the largest
+        difference of its logits, in units of the largest one where that is above 1.
 
     Raises:
         ValueError: see `export_program`; or when the program does not give the model's logits.
@@ -80,13 +82,12 @@ def write_program(
 def export_onnx(program: Any, path: str | Path) -> None:
     """Write a program of `export_program` as ONNX, with the names `image` and `logits`.
 
+    Above 2 GiB the weights stand beside it, in `PATH.data`.
+
     Raises:
         ImportError: without the extra "export".
     """
-    try:
-        import onnxscript  # noqa: F401  (what torch translates with)
-    except ImportError as error:
-        raise ImportError('ONNX needs onnxscript: pip install "visionsel[export]"') from error
+    _require_onnx()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     torch.onnx.export(
         program,
@@ -109,10 +110,16 @@ def write_onnx(
         ImportError: without the extra "export".
         ValueError: see `export_program`; or when onnxruntime does not give the model's logits.
     """
+    _require_onnx()  # before a minute of tracing
+    path = Path(path)
     program = export_program(model, size, dynamic)
-    with whole_file(path) as partial:
-        export_onnx(program, partial)
-        found = _compare(model, onnx_function(partial), size, dynamic)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        written = Path(folder) / path.name  # under its own name: weights beside it are named after it
+        export_onnx(program, written)
+        found = _compare(model, onnx_function(written), size, dynamic)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == written):  # itself the last
+            file.replace(path.parent / file.name)
     return {"path": str(path), **found}
 
 
@@ -122,12 +129,16 @@ def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
     Raises:
         ImportError: without the extra "export".
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError('running ONNX needs onnxruntime: pip install "visionsel[export]"') from error
+    _require_onnx()
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"image": images.cpu().numpy()})[0])
+
+
+def _require_onnx() -> None:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ImportError(f'ONNX needs {", ".join(missing)}: pip install "visionsel[export]"')
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def load_classifier(
     import visionsel.models  # noqa: F401  (registers the names)
 
     if name is None and checkpoint is None:
-        raise ValueError("name a model with --model, or a training checkpoint with --checkpoint")
+        raise ValueError("name a model, or a training checkpoint with --checkpoint")
     chosen = choose_device(device)
     if name is not None:
         _check_name(name)
@@ -57,7 +57,9 @@ def load_classifier(
     if trained is not None:
         recipe = trained["hyper_parameters"]
         if name not in (None, recipe["model"]):
-            raise ValueError(f"{checkpoint} holds a {recipe['model']}, not a {name}; leave out --model")
+            raise ValueError(
+                f"{checkpoint} holds a {recipe['model']}, not a {name}; leave out the name of the model"
+            )
         labels = list(recipe["class_names"])
         model = timm.create_model(
             recipe["model"],
@@ -70,15 +72,16 @@ def load_classifier(
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)})
     elif checkpoint is not None:
         if name is None:
-            raise ValueError(f"{checkpoint} does not name its model; name it with --model")
+            raise ValueError(f"{checkpoint} does not name its model; name it too")
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(checkpoint)})
         labels = _imagenet_labels(model.num_classes)
     else:
-        cfg = timm.get_pretrained_cfg(str(name))
-        if cfg is None or not cfg.has_weights:
+        elsewhere = ":" in str(name)  # in a folder or on the hub, with labels of its own
+        cfg = None if elsewhere else timm.get_pretrained_cfg(str(name))
+        if not elsewhere and (cfg is None or not cfg.has_weights):
             raise ValueError(f"no weights of {name} were released; give your own with --checkpoint")
         model = timm.create_model(str(name), pretrained=True)
-        labels = _imagenet_labels(model.num_classes)
+        labels = list(model.pretrained_cfg.get("label_names") or _imagenet_labels(model.num_classes))
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     return Classifier(model.eval().to(chosen), transform, labels, chosen)
 

@@ -19,6 +19,7 @@ __all__ = [
     "draw_points",
     "enlarge",
     "heat_colors",
+    "ink_on",
     "overlay_heatmap",
     "overlay_masks",
     "text_size",
@@ -274,8 +275,16 @@ def _draw_label(
     x = max(0, min(corner[0], picture.width - int(right - left) - 2 * rim))
     y = max(0, min(corner[1], picture.height - int(bottom - top) - 2 * rim))
     draw.rectangle((x, y, x + right - left + 2 * rim - 1, y + bottom - top + 2 * rim - 1), fill=color)
-    bright = np.dot(color, (0.299, 0.587, 0.114)) > 128
-    draw.text((x + rim - left, y + rim - top), label, fill="black" if bright else "white", font=font)
+    draw.text((x + rim - left, y + rim - top), label, fill=ink_on(color), font=font)
+
+
+def ink_on(rgb: Sequence[float]) -> str:
+    """The colour of letters on a colour: "black" or "white".
+
+    Args:
+        rgb: of the ground, from 0 to 255 each.
+    """
+    return "black" if np.dot(rgb, (0.299, 0.587, 0.114)) > 128 else "white"
 
 
 def enlarge(image: Image.Image, factor: int, smooth: bool = False) -> Image.Image:

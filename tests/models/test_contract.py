@@ -179,15 +179,17 @@ def test_exported_once_as_program_and_as_onnx_it_serves_every_batch_and_size(
     family: str, tmp_path: Path
 ) -> None:
     model = build(family, **TWO_STAGES[family])
-    program = export_program(model, (192, 256))
-    shapes = ((1, 3, 128, 128), (3, 3, 161, 195), (2, 3, 224, 160))
+    size, shapes = (96, 128), [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 224, 160), (1, 3, 448, 512)]
+    if family == "selectformer":  # a window of bilevel routing of one column would be traced as a constant
+        size, shapes = (192, 256), [(1, 3, 128, 128), (3, 3, 161, 195), (2, 3, 224, 160)]
+    program = export_program(model, size)
     with torch.no_grad():
         for shape in shapes:
             image = torch.randn(shape)
             torch.testing.assert_close(program.module()(image), model(image), rtol=0, atol=1e-5)
         export_onnx(program, tmp_path / "model.onnx")
         run = onnx_function(tmp_path / "model.onnx")
-        for shape in shapes[1:]:
+        for shape in shapes[1:3]:
             image = torch.randn(shape)
             torch.testing.assert_close(run(image), model(image), rtol=0, atol=1e-4)
 

@@ -189,6 +189,18 @@ def test_it_compiles_to_one_graph() -> None:
         torch.testing.assert_close(compiled(image), model(image), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
+def test_one_exported_program_serves_every_image_size() -> None:
+    model = toy(depths=(1, 1), num_heads=(2, 2)).double().eval()
+    free = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        image = torch.randn(2, 3, 72, 90, dtype=torch.float64)
+        program = torch.export.export(model, (image,), dynamic_shapes=({0: free, 2: free, 3: free},)).module()
+        for shape in ((1, 3, 64, 128), (3, 3, 96, 40)):
+            image = torch.randn(shape, dtype=torch.float64)
+            torch.testing.assert_close(program(image), model(image), rtol=0, atol=1e-10)
+
+
 def test_settings_that_do_not_fit_say_so() -> None:
     with pytest.raises(ValueError, match="one number a stage, got 3 and 4"):
         HaloNet(depths=(1, 1, 1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,11 @@ def test_annotations_that_cannot_be_used_are_left_out_and_named(tmp_path) -> Non
     ) as caught:
         data = read(root)
     for part in (
-        "annotation 2 .* outside",
-        "annotation 3 .* four numbers",
-        "annotation 4 .* no segmentation",
+        "annotation 2 [^;]* outside",
+        "annotation 3 [^;]* four numbers",
+        "annotation 4 [^;]* no segmentation",
     ):
-        assert any(part.split(" .* ")[0] in str(w.message) for w in caught), part
+        assert any(re.search(part, str(w.message)) for w in caught), part
     assert len(data._read["train"].left_out) == 6
     used = {row["id"] for rows in data._read["train"].rows.values() for row in rows}
     assert used & set(range(1, 8)) == {7}

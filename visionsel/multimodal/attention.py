@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-__all__ = ["AttentionCall", "attention_logits", "attention_rows", "tapped"]
+__all__ = ["AttentionCall", "attention_logits", "attention_rows", "explicit_attention", "tapped"]
 
 _NUMBERS = itertools.count()
 _BASES: dict[str, str | None] = {}  # for each name of ours, what stood in the configuration before it
@@ -163,6 +163,24 @@ def attention_rows(call: AttentionCall, rows: Tensor | None = None) -> Tensor:
         NotImplementedError: for a mask in a form that is not known.
     """
     return attention_logits(call, rows).softmax(-1).nan_to_num(0.0)
+
+
+def explicit_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """What the kernel would give, by an explicit softmax, and its weights.
+
+    Args:
+        call: of a kernel.
+
+    Returns:
+        `[B, q, heads, head_dim]` as kernels have it, and `[B, heads, q, k]`, see `attention_rows`.
+
+    Raises:
+        NotImplementedError: for a mask in a form that is not known.
+    """
+    weights = attention_rows(call)
+    value = call.value.to(weights.dtype)
+    output = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+    return output.transpose(1, 2).to(call.value.dtype), weights
 
 
 def attention_logits(call: AttentionCall, rows: Tensor | None = None) -> Tensor:

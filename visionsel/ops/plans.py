@@ -33,3 +33,8 @@ def keep_plans(build: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tens
         return kept(*args, **kwargs)  # type: ignore[arg-type]  # an unhashable argument raises TypeError
 
     return lookup
+
+
+def remainder(numbers: Tensor, size: int) -> Tensor:
+    """`numbers % size`, which has no translation to ONNX where the size is traced."""
+    return numbers - numbers // size * size

@@ -157,7 +157,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read(path: Path, settings: Mapping[str, Any], check: _Check) -> list[Row]:
-    """The lines that the file has; a line that is cut off is taken out of it."""
+    """The whole lines that the file has."""
     if not path.is_file() or not path.stat().st_size:
         return []
     _check_settings(path, path, settings)

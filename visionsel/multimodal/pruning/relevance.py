@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionsel.multimodal.attention import AttentionCall, Output, attention_rows
+from visionsel.multimodal.attention import AttentionCall, Output, explicit_attention
 from visionsel.multimodal.scope import PromptScope
 from visionsel.multimodal.session import Session, open_session
 
@@ -144,11 +144,8 @@ def _explicit(found: list[Tensor]) -> Callable[[AttentionCall, Any], Output]:
     """Attention by an explicit softmax, whose weights are left in a list."""
 
     def attend(call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
-        weights = attention_rows(call)
+        output, weights = explicit_attention(call)
         found.append(weights)
-        value = call.value.to(weights.dtype)
-        groups = weights.shape[1] // value.shape[1]
-        output = weights @ value.repeat_interleave(groups, 1)
-        return output.transpose(1, 2).to(call.value.dtype), None
+        return output, None
 
     return attend

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionsel.ops.plans import keep_plans
+from visionsel.ops.plans import keep_plans, remainder
 
 
 def _index(
@@ -30,26 +30,21 @@ def _index(
 
     query = torch.arange(rows * columns * side * side, device=device)
     block = query // (side * side)
-    y, x = block // columns * side + query // side % side, _rest(block, columns) * side + query % side
+    y, x = block // columns * side + query // side % side, remainder(block, columns) * side + query % side
     queries = y * (columns * side) + x
 
     key = torch.arange(rows * columns * window * window, device=device)
     block = key // (window * window)
     y = block // columns * block_size + key // window % window
-    x = _rest(block, columns) * block_size + key % window
+    x = remainder(block, columns) * block_size + key % window
     keys = y * (width + 2 * halo_size) + x
 
     pair = torch.arange(side * window, device=device)
     offsets = pair % window - pair // window + window - 1
 
-    y, x = query // (columns * side), _rest(query, columns * side)
+    y, x = query // (columns * side), remainder(query, columns * side)
     places = ((y // side * columns + x // side) * side + y % side) * side + x % side
     return queries, keys, offsets, places
-
-
-def _rest(numbers: Tensor, size: int) -> Tensor:
-    """`numbers % size`, which has no translation to ONNX where the size is traced."""
-    return numbers - numbers // size * size
 
 
 _kept_index = keep_plans(_index)

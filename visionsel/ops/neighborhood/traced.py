@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops.plans import remainder
+
 __all__ = ["traced"]
 
 TILE = 7
@@ -30,10 +32,14 @@ def traced(
     # one tile too many, a copy of the first: a size that could be 1 would be traced as the constant
     tile = torch.arange(rows * columns * dh * dw + 1, device=query.device)[:, None]
     query_h, key_h, relative_h = axis_tables(
-        height, kernel_size[0], dh, rest(tile // (columns * dw), rows), tile // (columns * dw * rows) % dh
+        height,
+        kernel_size[0],
+        dh,
+        remainder(tile // (columns * dw), rows),
+        tile // (columns * dw * rows) % dh,
     )
     query_w, key_w, relative_w = axis_tables(
-        width, kernel_size[1], dw, rest(tile, columns), tile // columns % dw
+        width, kernel_size[1], dw, remainder(tile, columns), tile // columns % dw
     )
 
     # flat indices: a reshape of what they gather would be slow to trace
@@ -56,11 +62,6 @@ def traced(
     tile = ((y % dh * rows + y // dh // TILE) * dw + x % dw) * columns + x // dw // TILE
     out = out[:, :, tile, y // dh % TILE * TILE + x // dw % TILE]
     return out.permute(0, 2, 3, 1, 4).contiguous()  # cutting off padding keeps the layout, tracing it may not
-
-
-def rest(numbers: Tensor, size: int) -> Tensor:
-    """`numbers % size`, which has no translation to ONNX where the size is traced."""
-    return numbers - numbers // size * size
 
 
 def tile_count(length: int, dilation: int) -> int:
