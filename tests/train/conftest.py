@@ -1,3 +1,4 @@
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _one_thread(_one_seed_and_the_workers_share_of_threads: None) -> None:
     torch.set_num_threads(1)  # the tensors here are too small for more
+
+
+def clean_processes() -> Any:
+    """Processes that know the training programs, but not what ran here: threads do not survive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.classification"])
+    return context
 
 
 def make_image_folder(root: Path) -> Path:

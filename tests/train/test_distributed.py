@@ -1,7 +1,6 @@
 """Two processes train and measure as one with the batch of both: DDP, and FSDP2 as Lightning offers it."""
 
 import json
-import multiprocessing
 import os
 import socket
 from contextlib import redirect_stderr
@@ -15,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.layers import SyncBatchNormAct
 from torch import nn
 
-from tests.train.conftest import make_config, make_image_folder
+from tests.train.conftest import clean_processes, make_config, make_image_folder
 from tests.train.test_classification import rows
 from tests.train.test_resume import checkpoints
 from train.classification import ClassificationCLI, ImageClassifier, main
@@ -84,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = clean_processes()
     processes = [context.Process(target=run, args=(rank, port, lines, folder)) for rank in range(2)]
     for process in processes:
         process.start()

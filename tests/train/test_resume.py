@@ -1,6 +1,5 @@
 """A run that was stopped, killed or out of disk and resumed is the run that was never stopped."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.conftest import clean_processes
 from train.classification import ImageClassifier, main
 
 RECIPE = {"mixup": 0.4, "cutmix": 0.5, "label_smoothing": 0.1, "ema_decay": 0.8, "warmup_epochs": 1}
@@ -23,6 +23,7 @@ def killed(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         start(self, batch, batch_idx)
 
+    torch.set_num_threads(1)
     ImageClassifier.on_train_batch_start = kill
     main(arguments)
 
@@ -102,7 +103,7 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_weights_of_one_that_was_not(
     run = tmp_path / "killed"
     config = write_config("killed.yaml", output=str(run), model=RECIPE, save_every=3)
     arguments = ["fit", "--config", str(config), "--ckpt_path", "last"]
-    process = multiprocessing.get_context("fork").Process(target=killed, args=(arguments,))
+    process = clean_processes().Process(target=killed, args=(arguments,))
     process.start()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
