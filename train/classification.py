@@ -14,18 +14,17 @@
 """
 
 import csv
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from train.cli import RunCLI, run_cli
 from train.image_classifier import ImageClassifier
 from train.image_data import ImageFolderData
+from visionsel.files import whole_file
 
 __all__ = ["ClassificationCLI", "ImageClassifier", "main"]
 
@@ -43,15 +42,6 @@ class ClassificationCLI(RunCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         for target in ("data.seed", "model.seed"):
             parser.link_arguments("seed_everything", target)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Refuse Lightning's way to synchronize batch norm."""
-        if self._get(self.config_init, "trainer").get("sync_batchnorm"):
-            raise ValueError(
-                "trainer.sync_batchnorm loses the activations in timm's batch norms; "
-                "set model.sync_batchnorm instead"
-            )
-        return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another model."""
@@ -83,18 +73,12 @@ class ClassificationCLI(RunCLI):
         names = self.model.hparams["class_names"]
         target = Path(self._get(self.config, "predictions") or self.output / "predictions.csv")
         results = self.evaluate("predict", **kwargs) or []
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with partial.open("w", newline="") as stream:
-                writer = csv.writer(stream)
-                writer.writerow(["file", "class", "probability"])
-                for batch in results:
-                    for position, index, probability in zip(*(t.tolist() for t in batch), strict=True):
-                        writer.writerow([files[position], names[index], f"{probability:.6f}"])
-            partial.rename(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as partial, partial.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["file", "class", "probability"])
+            for batch in results:
+                for position, index, probability in zip(*(t.tolist() for t in batch), strict=True):
+                    writer.writerow([files[position], names[index], f"{probability:.6f}"])
         print(f"{len(files)} predictions in {target}")
 
 

@@ -126,6 +126,11 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's trainer with our loggers and checkpoints, where the configuration names none."""
         config = self._get(self.config_init, "trainer")
+        if config.get("sync_batchnorm"):
+            raise ValueError(
+                "trainer.sync_batchnorm loses the activations in timm's batch norms; "
+                "set model.sync_batchnorm instead, where the program has it"
+            )
         fit = self.subcommand == "fit"
         if config.get("logger") is None:
             kwargs["logger"] = self._loggers() if fit else False

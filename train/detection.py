@@ -237,8 +237,8 @@ class Detector(LightningModule):
 
     def predict_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> list[dict[str, Any]]:
         """Detections as rows of COCO's results; `image_id` is the position in the list of files, from 1."""
-        found, targets = self._detect(batch[0]), batch[1]
-        return [row for one, t in zip(found, targets, strict=True) for row in self._results(one, t)]
+        found = zip(self._detect(batch[0]), batch[1], strict=True)
+        return [row for one, t in found if not t.get("filler") for row in self._results(one, t)]
 
     def _begin(self) -> None:
         metric = precision_metric(self.hparams["detector"] == "mask_rcnn")
@@ -256,6 +256,9 @@ class Detector(LightningModule):
 
     def _measure(self, images: list[Tensor], targets: list[Target]) -> None:
         found = self._detect(images)
+        real = [number for number, target in enumerate(targets) if not target.get("filler")]
+        images, found = [images[number] for number in real], [found[number] for number in real]
+        targets = [targets[number] for number in real]
         truth = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
         self._metric[0].update(found, truth)
         names, threshold = list(self.hparams["categories"].values()), self.hparams["picture_threshold"]

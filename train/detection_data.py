@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -22,7 +22,7 @@ from train.resumable_data import ResumableData
 from visionsel.data.coco import annotation_mask, read_json
 from visionsel.data.coco_objects import Objects, read_objects
 from visionsel.data.imagefolder import list_images, open_image
-from visionsel.data.resumable import SeededDataset
+from visionsel.data.resumable import EvenSampler, Filled, SeededDataset
 from visionsel.data.shapes import SHAPES, write_shapes
 
 __all__ = ["CocoData", "CocoSet", "Target"]
@@ -224,11 +224,13 @@ class CocoData(ResumableData):
         return list_images(self.predict_folder or self.root / self.splits["test"][1])
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        count, rank = self.devices()
+        if count == 1:
+            return DataLoader(dataset, batch_size=self.val_batch_size, shuffle=False, **self.loading())
+        # as many batches on each: where a model has buffers, a forward waits for all devices
+        sampler = EvenSampler(dataset, count, rank)
         return DataLoader(
-            dataset,
-            batch_size=self.val_batch_size,
-            sampler=_EachOnce(dataset, *self.devices(), shuffle=False),
-            **self.loading(),
+            Filled(dataset, _filler), batch_size=self.val_batch_size, sampler=sampler, **self.loading()
         )
 
     def loading(self) -> dict[str, Any]:
@@ -320,14 +322,9 @@ class _Files(Dataset[tuple[Tensor, Target]]):
         return v2.functional.pil_to_tensor(open_image(self.files[index])), {"image_id": index + 1}
 
 
-class _EachOnce(DistributedSampler[Any]):
-    """Every sample on one device, none twice: repeated ones would count twice in the metric."""
-
-    def __iter__(self) -> Any:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+def _filler(sample: tuple[Tensor, Target]) -> tuple[Tensor, Target]:
+    image, target = sample
+    return image, {**target, "filler": True}
 
 
 def _collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

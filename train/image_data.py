@@ -20,7 +20,7 @@ from visionsel.data.imagefolder import (
     open_image,
     read_image_folder,
 )
-from visionsel.data.resumable import EvenSampler, SeededDataset, seeded
+from visionsel.data.resumable import EvenSampler, Filled, SeededDataset, seeded
 from visionsel.data.shards import ShardLoader, ShardStream, find_shards, index_shards
 
 __all__ = ["IGNORED", "ImageFolderData", "read_class_names"]
@@ -254,7 +254,7 @@ class ImageFolderData(ResumableData):
         dataset = self._read(split, self.transform)
         if world_size == 1:
             return self._in_order(dataset)
-        return self._in_order(_Padded(dataset), EvenSampler(dataset, world_size, rank))
+        return self._in_order(Filled(dataset, _ignored), EvenSampler(dataset, world_size, rank))
 
     def _in_order(self, dataset: Dataset[Any], sampler: EvenSampler | None = None) -> DataLoader[Any]:
         return DataLoader(
@@ -298,18 +298,8 @@ class _Sample:
             return self.transform(image), label
 
 
-class _Padded(Dataset[Any]):
-    """A dataset whose index -1 is an image to be ignored."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        image, label = self.dataset[max(index, 0)]
-        return image, IGNORED if index < 0 else label
+def _ignored(sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
+    return sample[0], IGNORED
 
 
 def read_class_names(source: str) -> list[str]:

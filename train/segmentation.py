@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
@@ -64,6 +65,7 @@ class SemanticSegmentation(LightningModule):
         power: of the polynomial that the rate falls by.
         min_lr: where it ends.
         ema_decay: validate, save and apply the exponential average of the weights with this decay.
+        sync_batchnorm: batch norm over the images of all devices.
         evaluation: "whole" images, or "slide" a window over them.
         window: pixels a side of it; default the crop that was trained on.
         stride: pixels from one window to the next; default two thirds of a window.
@@ -95,6 +97,7 @@ class SemanticSegmentation(LightningModule):
         power: float = 1.0,
         min_lr: float = 0.0,
         ema_decay: float | None = None,
+        sync_batchnorm: bool = False,
         evaluation: Literal["whole", "slide"] = "whole",
         window: int | None = None,
         stride: int | None = None,
@@ -130,6 +133,7 @@ class SemanticSegmentation(LightningModule):
         self.net = SegmentationNet(decoder, model, classes, model_args or {}, decoder_args or {}, channels)
         if pretrained or checkpoint is not None:
             load_encoder(self.net, model, model_args or {}, pretrained, checkpoint)
+        self.synchronized = False
         self.confusion = nn.ModuleDict(
             {
                 f"{stage}_pixels": MulticlassConfusionMatrix(
@@ -141,6 +145,12 @@ class SemanticSegmentation(LightningModule):
         self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric() for stage in ("val", "test")})
         self.counted: Tensor | None = None
         """The confusion matrix of the last evaluation."""
+
+    def configure_model(self) -> None:
+        """Synchronize batch norm if wanted."""
+        if self.hparams["sync_batchnorm"] and self.trainer.world_size > 1 and not self.synchronized:
+            self.net = convert_sync_batchnorm(self.net)
+            self.synchronized = True
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` -> logits `[B, classes, H, W]`, whole or by windows as `evaluation` says."""

@@ -23,7 +23,7 @@ from train.segmentation_files import (
 )
 from train.segmentation_transforms import IGNORED, EvalTransform, TrainTransform
 from visionsel.data.imagefolder import list_images
-from visionsel.data.resumable import EvenSampler, SeededDataset
+from visionsel.data.resumable import EvenSampler, Filled, SeededDataset
 
 __all__ = ["SegmentationData"]
 
@@ -240,7 +240,7 @@ class SegmentationData(ResumableData):
         if count == 1:
             return self._evaluation_loader(self.eval_set)
         sampler = EvenSampler(self.eval_set, count, rank)
-        return self._evaluation_loader(_Filled(self.eval_set), sampler=sampler)
+        return self._evaluation_loader(Filled(self.eval_set, _unlabelled), sampler=sampler)
 
     def _evaluation_loader(self, dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -285,12 +285,6 @@ class _Files(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.transform(image), torch.tensor(index), torch.tensor(image.shape[1:])
 
 
-class _Filled(Dataset[tuple[Tensor, Tensor]]):
-    """Samples for `EvenSampler`: a negative index is an image without labels, which counts nowhere."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset[max(index, 0)]
-        return image, labels if index >= 0 else torch.full_like(labels, IGNORED)
+def _unlabelled(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    image, labels = sample
+    return image, torch.full_like(labels, IGNORED)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tests.train.detection_mini import CATEGORIES, make_coco, make_config
 from train.detection import main
-from train.detection_data import CocoData, _EachOnce
+from train.detection_data import CocoData
 from visionsel.boxes import mask_boxes
 from visionsel.data.coco_objects import read_objects
 from visionsel.data.imagefolder import open_image
@@ -237,9 +238,14 @@ def test_arguments_are_checked(options, message, coco) -> None:
         read(coco, **options)
 
 
-def test_every_image_is_measured_on_one_device_only(coco) -> None:
-    data = read(coco)
-    dataset = data.train_dataloader().dataset
-    parts = [list(_EachOnce(dataset, 4, rank, shuffle=False)) for rank in range(4)]
-    assert sorted(index for part in parts for index in part) == list(range(len(dataset)))
-    assert [len(_EachOnce(dataset, 4, rank, shuffle=False)) for rank in range(4)] == [len(p) for p in parts]
+def test_every_image_is_measured_on_one_device_only_and_all_have_as_many_batches(coco) -> None:
+    whole = [target["image_id"] for _, targets in read(coco).val_dataloader() for target in targets]
+    seen, counts = [], set()
+    for rank in range(len(whole) - 1):
+        data = read(coco)
+        data.trainer = SimpleNamespace(world_size=len(whole) - 1, global_rank=rank)
+        batches = [targets for _, targets in data.val_dataloader()]
+        seen += [target["image_id"] for targets in batches for target in targets if "filler" not in target]
+        counts.add(tuple(len(targets) for targets in batches))
+    assert sorted(seen) == sorted(whole)
+    assert len(counts) == 1

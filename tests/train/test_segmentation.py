@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from tests.train.test_segmentation_data import make_ade20k, spoil
 from train.segmentation import SemanticSegmentation, main, pixel_loss, poly_rate
@@ -271,6 +273,7 @@ def test_arguments_out_of_range_are_refused(changes, message) -> None:
         ({"model": {"checkpoint": "nowhere.pth"}}, "no checkpoint at nowhere.pth"),
         ({"data": {"val_batch_size": 2}}, "val_batch_size 1"),
         ({"model": {"warmup_steps": 100}}, "warmup_steps 100 leave none of the 8 updates"),
+        ({"trainer": {"sync_batchnorm": True}}, "set model.sync_batchnorm instead"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(changes, message, tmp_path, data_root, capsys) -> None:
@@ -290,6 +293,25 @@ def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path, data_root
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+def test_batch_norm_is_synchronized_where_there_are_several_devices(monkeypatch) -> None:
+    preprocessing = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    arguments: dict[str, Any] = {"class_names": ["a", "b"], "preprocessing": preprocessing, **SMALL}
+    model = SemanticSegmentation(**arguments, sync_batchnorm=True).eval()
+    images, keys = torch.randn(1, 3, 32, 32), model.state_dict().keys()
+    norms, before = count(model, nn.modules.batchnorm._BatchNorm), model(images)
+    assert norms > 5
+    for devices in (1, 2, 2):
+        monkeypatch.setattr(SemanticSegmentation, "trainer", SimpleNamespace(world_size=devices))
+        model.configure_model()
+        assert count(model, nn.SyncBatchNorm) == (norms if devices == 2 else 0)
+    assert model.state_dict().keys() == keys
+    torch.testing.assert_close(model(images), before)
+
+
+def count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
 
 
 def test_an_encoder_starts_from_a_run_of_another_decoder(trained) -> None:

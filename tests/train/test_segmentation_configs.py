@@ -81,7 +81,7 @@ def test_a_configuration_parses_and_trains_in_small(path, tmp_path, capsys) -> N
         model |= {"pretrained": False, "auxiliary_channels": 8, "decoder_args": {"decoder_channels": 8}}
         make_ade20k(tmp_path / "data")
         data |= {"crop_size": 32, "image_scale": [128, 32]}
-        trainer |= {"val_check_interval": 1, "sync_batchnorm": False}
+        trainer |= {"val_check_interval": 1}
     else:
         data |= {"scenes": [2, 2, 1]}
         trainer |= {"max_epochs": 1, "callbacks": None}

@@ -10,7 +10,7 @@ generators seeded from it, `ResumableLoader` remembers how many batches it gave.
 # ruff: noqa: NPY002  (timm's augmentations and mixup draw from NumPy's global generator)
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-__all__ = ["EpochSampler", "EvenSampler", "ResumableLoader", "SeededDataset", "seed_generators", "seeded"]
+__all__ = [
+    "EpochSampler",
+    "EvenSampler",
+    "Filled",
+    "ResumableLoader",
+    "SeededDataset",
+    "seed_generators",
+    "seeded",
+]
 
 Key = tuple[int, int, int]
 
@@ -124,6 +132,25 @@ class EvenSampler(DistributedSampler[Any]):
         size = len(self.dataset)  # type: ignore[arg-type]
         for index in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
             yield index if index < size else -1
+
+
+class Filled(Dataset[Any]):
+    """Samples for `EvenSampler`: an index of -1 gives one that only fills up a batch.
+
+    Args:
+        dataset: of the samples.
+        mark: makes such a sample of a real one.
+    """
+
+    def __init__(self, dataset: Dataset[Any], mark: Callable[[Any], Any]) -> None:
+        self.dataset = dataset
+        self.mark = mark
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index] if index >= 0 else self.mark(self.dataset[0])
 
 
 class ResumableLoader(DataLoader[Any]):
