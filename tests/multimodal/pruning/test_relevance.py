@@ -203,15 +203,15 @@ def test_frozen_parameters_change_nothing() -> None:
 
 def test_one_layer_at_a_time_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    plain = module.attention_rows
+    plain = module.explicit_attention
 
-    def watched(call: Any) -> Tensor:
+    def watched(call: Any) -> tuple[Tensor, Tensor]:
         assert all(reference() is None for reference in alive)
-        weights = plain(call)
+        output, weights = plain(call)
         alive.append(weakref.ref(weights))
-        return weights
+        return output, weights
 
-    monkeypatch.setattr(module, "attention_rows", watched)
+    monkeypatch.setattr(module, "explicit_attention", watched)
     relevance(model_of("llava"), *batch_of("llava"))
     assert len(alive) == tiny.LAYERS
 
