@@ -92,6 +92,8 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
         return
     shared = {
         ("ops", "checks"),
+        ("ops", "choice"),
+        ("ops", "compilation"),
         ("ops", "plans"),
         ("data", "folders"),
         ("data", "coco"),

@@ -4,11 +4,13 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.halo_attn import HaloAttn
 from timm.models._features_fx import GraphExtractNet
 from timm.models.focalnet import FocalModulation, FocalNet
@@ -19,6 +21,7 @@ import visionsel
 from tests.support import check_model_fixture, fill_state_dict, load_fixture
 from visionsel import accelerate
 from visionsel.models import acceleration
+from visionsel.ops.linear import unavailable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
 
@@ -205,10 +208,18 @@ def test_a_shared_module_stays_shared() -> None:
     assert len(swapped(model)) == 1
 
 
-def test_a_model_with_nothing_to_accelerate_is_returned_with_a_warning() -> None:
+def test_a_model_with_nothing_to_accelerate_is_returned_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(acceleration, "onednn_is_faster", lambda rows, weight: False)
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.warns(UserWarning, match="Sequential holds no timm HaloAttn or FocalModulation"):
+    nothing = "Sequential holds no timm HaloAttn or FocalModulation"
+    with pytest.warns(
+        UserWarning, match=f"{nothing} and no linear layer that oneDNN would speed up; nothing"
+    ):
         assert accelerate(model) is model
+    with pytest.warns(UserWarning, match=f"{nothing}; nothing was accelerated"):
+        assert accelerate(model, linears=False) is model
 
 
 def test_subclasses_are_left_alone() -> None:
@@ -323,3 +334,142 @@ def test_models_of_timm_keep_their_outputs_and_keys(name: str) -> None:
 def test_timms_halonets_still_meet_their_fixtures(name: str) -> None:
     model = visionsel.accelerate(timm.create_model(name))
     check_model_fixture(model, load_fixture(f"timm_{name}"), lambda state, model: state)
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Skip where there is none; the shapes of all that it multiplies."""
+    if reason := unavailable():
+        pytest.skip(f"no oneDNN: {reason}")
+    module = import_module("visionsel.ops.linear")
+    shapes: list[tuple[int, ...]] = []
+    product = module._product
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(module, "_product", spy)
+    return shapes
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3, bias=False))
+
+
+def test_linear_layers_keep_outputs_gradients_and_keys(onednn: list[tuple[int, ...]]) -> None:
+    model = perceptron()
+    fast = accelerate(copy.deepcopy(model), linears=True)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert all(isinstance(fast[i], nn.Linear) for i in (0, 2))
+    results = []
+    for each in (model, fast):
+        x = torch.linspace(-1, 1, 2 * 4 * 6).view(2, 4, 6).requires_grad_()
+        out = each(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *each.parameters()])])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert onednn[:2] == [(8, 6), (8, 10)]
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_auto_swaps_the_linear_layers_that_gain(
+    monkeypatch: pytest.MonkeyPatch, onednn: list[tuple[int, ...]], verdict: bool
+) -> None:
+    asked = []
+
+    def answer(rows: int, weight: Tensor) -> bool:
+        asked.append((rows, *weight.shape))
+        return verdict and weight.shape[0] == 10
+
+    monkeypatch.setattr(acceleration, "onednn_is_faster", answer)
+    monkeypatch.setattr(import_module("visionsel.ops.linear"), "onednn_is_faster", answer)
+    model = nn.Sequential(perceptron(), FocalModulation(8, 3, 2))
+    accelerate(model)
+    assert asked == [(256, 10, 6), (256, 3, 10)]
+    kinds = [type(model[0][i]) for i in (0, 2)]
+    assert kinds == [acceleration.AcceleratedLinear if verdict else nn.Linear, nn.Linear]
+    model[0](torch.randn(5, 6))
+    assert onednn == ([(5, 6)] if verdict else [])
+    assert asked[2:] == ([(5, 10, 6)] if verdict else [])  # a call is decided by its own rows
+
+
+def test_linear_layers_are_left_alone_on_request() -> None:
+    model = accelerate(nn.Sequential(nn.Linear(8, 8), FocalModulation(8, 3, 2)), linears=False)
+    assert type(model[0]) is nn.Linear
+
+
+def test_only_plain_float32_linear_layers_on_the_cpu_are_swapped(onednn: list[tuple[int, ...]]) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    others = [Doubled(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta"), nn.Bilinear(2, 2, 2)]
+    model = nn.ModuleList([nn.Linear(4, 4), *others, nn.MultiheadAttention(4, 2)])
+    kinds = [type(module) for module in model.modules()]
+    kinds[1] = acceleration.AcceleratedLinear
+    accelerate(model, linears=True)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_swapped_linear_layer_is_copied_pickled_and_moved(onednn: list[tuple[int, ...]]) -> None:
+    layer = accelerate(nn.Linear(6, 10), linears=True)
+    x = torch.randn(5, 6)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is type(layer)
+        assert torch.equal(other(x), layer(x))
+    onednn.clear()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        moved = copy.deepcopy(layer).to(dtype)
+        assert torch.equal(moved(x.to(dtype)), F.linear(x.to(dtype), moved.weight, moved.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert onednn == []
+    assert torch.equal(layer.double().float()(x), layer(x))
+    assert onednn == [(5, 6), (5, 6)]
+
+
+@pytest.mark.gpu
+def test_a_swapped_linear_layer_works_on_a_gpu() -> None:
+    layer = accelerate(nn.Linear(6, 10), linears=True)
+    x = torch.randn(5, 6)
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_swapped_linear_layer_is_scripted_compiled_and_exported(onednn: list[tuple[int, ...]]) -> None:
+    layer = accelerate(nn.Linear(6, 10), linears=True)
+    x = torch.randn(5, 6)
+    expected = F.linear(x, layer.weight, layer.bias)
+    for program in (
+        torch.jit.script(layer),
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        torch.export.export(layer, (x,)).module(),
+    ):
+        torch.testing.assert_close(program(x), expected, rtol=0, atol=1e-5)
+
+
+def test_pruning_a_swapped_linear_layer_keeps_its_effect(onednn: list[tuple[int, ...]]) -> None:
+    plain = nn.Linear(6, 10)
+    layer = accelerate(copy.deepcopy(plain), linears=True)
+    for each in (plain, layer):
+        prune.l1_unstructured(each, "weight", amount=0.5)
+        each.weight_orig.data *= 2
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-5)
+    assert onednn == [(5, 6)]
+
+
+def test_linears_takes_three_values() -> None:
+    with pytest.raises(ValueError, match="linears must be \"auto\", True or False, got 'always'"):
+        accelerate(nn.Linear(3, 3), linears="always")
+
+
+def test_without_onednn_true_is_refused_and_auto_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("visionsel.ops.linear"), "_operator", lambda: None)
+    model = nn.Sequential(nn.Linear(8, 8), FocalModulation(8, 3, 2))
+    with pytest.raises(
+        NotImplementedError, match=r'linears=True: PyTorch .* has no .*; choose "auto" or False'
+    ):
+        accelerate(model, linears=True)
+    assert type(model[0]) is type(accelerate(model)[0]) is nn.Linear

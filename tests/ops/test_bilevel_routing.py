@@ -271,7 +271,7 @@ def test_more_batch_and_windows_than_a_cuda_axis_holds_share_axes() -> None:
         ({"topk": 0}, "topk must be -1"),
         ({"topk": 17}, "1 to 16, the number of windows; got 17"),
         ({"topk": -2}, "got -2"),
-        ({"backend": "flex"}, "unknown backend 'flex'; choose one of auto, tiled, reference"),
+        ({"backend": "natten"}, "unknown backend 'natten'; choose one of auto, tiled, reference"),
         ({"q": torch.zeros(1, 8, 8, 4)}, "q must be"),
         ({"k": torch.zeros(1, 8, 8, 2, 3)}, "q and k must agree"),
         ({"v": torch.zeros(1, 4, 8, 2, 4)}, "k and v must agree"),
@@ -300,7 +300,8 @@ def test_a_wrong_call_is_told_the_rule(change: dict, message: str) -> None:
 
 
 def test_backends_are_listed_best_first() -> None:
-    assert ops.backends("bilevel_routing") == ["tiled", "reference"]
+    plain = ("tiled", "reference")
+    assert tuple(name for name in ops.backends("bilevel_routing") if name in plain) == plain
     assert ops.bilevel_routing_attention is bilevel_routing_attention
 
 

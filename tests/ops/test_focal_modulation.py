@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visionsel import ops
-from visionsel.ops.focal_modulation import focal_modulation, usable_backends
+from visionsel.ops.focal_modulation import focal_modulation
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
 ATOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -113,7 +113,7 @@ def test_it_is_the_papers_formula(backend: str, kernel_sizes: tuple[int, ...], n
 def test_backends_agree_in_values_and_gradients(normalize: bool, **shape: Any) -> None:
     case = draw(**shape)
     results = {}
-    for backend in usable_backends():
+    for backend in ("tiled", "reference"):
         own = detached(case)
         out = focal_modulation(**own, normalize=normalize, backend=backend)
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -125,7 +125,7 @@ def test_backends_agree_in_values_and_gradients(normalize: bool, **shape: Any) -
         assert error <= atol, f"{name}: {error} > {atol}"
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_gradients_are_the_numerical_ones(backend: str) -> None:
     case = detached(draw(batch=1, height=3, width=2, channels=2, kernel_sizes=(3,)))
     names = ["query", "context", "gates", "modulator_weight", "modulator_bias"]
@@ -137,7 +137,7 @@ def test_gradients_are_the_numerical_ones(backend: str) -> None:
     assert torch.autograd.gradcheck(op, (case["kernels"][0], *(case[name] for name in names)))
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_slices_of_a_fused_projection_serve_and_nothing_given_is_written_to(backend: str) -> None:
     case = draw(channels=4)
     fused = torch.cat([case["query"], case["context"], case["gates"]], -1)
@@ -175,7 +175,7 @@ def test_half_precision_stays_close_to_double(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), focal_modulation(**wide), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_autocast_takes_mixed_inputs_and_float32_weights(backend: str) -> None:
     case = draw(dtype=torch.float32)
     expected = focal_modulation(**case, backend="reference")
@@ -225,7 +225,7 @@ def test_it_compiles_without_graph_breaks() -> None:
             r"modulator_bias must have query's dtype torch\.float32",
         ),
         ({"modulator_bias": torch.zeros(4, device="meta")}, "modulator_bias must be on query's device cpu"),
-        ({"backend": "natten"}, "unknown backend 'natten'; choose 'auto' or one of tiled, reference"),
+        ({"backend": "natten"}, "unknown backend 'natten'; choose one of auto, tiled, reference"),
     ],
 )
 def test_invalid_calls_say_what_is_wrong(change: dict[str, Any], message: str) -> None:
@@ -241,5 +241,6 @@ def test_integers_are_refused() -> None:
 
 
 def test_the_operator_is_listed_with_its_backends() -> None:
-    assert ops.backends("focal_modulation") == ["tiled", "reference"]
+    plain = ("tiled", "reference")
+    assert tuple(name for name in ops.backends("focal_modulation") if name in plain) == plain
     assert ops.focal_modulation is focal_modulation

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from visionsel import ops
-from visionsel.ops.halo import halo_attention, usable_backends
+from visionsel.ops.halo import halo_attention
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
 ATOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -150,7 +150,7 @@ def test_gradients_are_right_when_only_one_input_needs_them(trained: str) -> Non
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_arguments_work_by_position_and_by_keyword(backend: str) -> None:
     q, k, v, rel_h, rel_w = draw()
     by_position = halo_attention(q, k, v, 4, 1, rel_h, rel_w, 0.5, backend)
@@ -175,11 +175,12 @@ def test_the_default_scale_is_that_of_the_head_dim() -> None:
 
 
 def test_ops_lists_the_backends_best_first() -> None:
-    assert ops.backends("halo") == usable_backends() == ["tiled", "reference"]
+    plain = ("tiled", "reference")
+    assert tuple(name for name in ops.backends("halo") if name in plain) == plain
     assert ops.halo_attention is halo_attention
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_views_of_a_fused_projection_are_accepted_and_left_alone(backend: str) -> None:
     fused = torch.randn(2, 8, 8, 2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     before = fused.clone()
@@ -210,7 +211,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
 @pytest.mark.parametrize("training", [False, True])
 def test_half_precision_stays_near_double(
@@ -228,7 +229,7 @@ def test_half_precision_stays_near_double(
     assert out.dtype == dtype
 
 
-@pytest.mark.parametrize("backend", usable_backends())
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("tables", [False, True])
 def test_autocast_computes_in_its_dtype(backend: str, training: bool, tables: bool) -> None:
@@ -336,7 +337,7 @@ def test_one_exported_program_serves_every_number_of_blocks() -> None:
         ({"rel_pos_width": torch.zeros(10, 4)}, r"rel_pos_width must be .* = \[11, 4\], got \[10, 4\]"),
         ({"rel_pos_height": torch.zeros(11, 2)}, r"rel_pos_height must be .* = \[11, 4\], got \[11, 2\]"),
         ({"rel_pos_height": torch.zeros(11, 4, dtype=torch.int64)}, r"rel_pos_height must be floating point"),
-        ({"backend": "fast"}, r"unknown backend 'fast'; choose 'auto' or one of tiled, reference"),
+        ({"backend": "fast"}, r"unknown backend 'fast'; choose one of auto, tiled, reference"),
     ],
 )
 def test_invalid_calls_say_what_is_wrong(changes: dict[str, object], message: str) -> None:

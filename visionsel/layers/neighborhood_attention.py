@@ -12,7 +12,8 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionsel.ops.checks import pair
-from visionsel.ops.neighborhood import neighborhood_attention, sizes_are_fixed
+from visionsel.ops.compilation import sizes_are_fixed
+from visionsel.ops.neighborhood import neighborhood_attention
 from visionsel.ops.neighborhood.tiled import tiled
 
 __all__ = ["NeighborhoodAttention"]

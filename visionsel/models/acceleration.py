@@ -1,6 +1,7 @@
-"""Fast halo attention and focal modulation in models that timm built."""
+"""Fast halo attention, focal modulation and linear layers in models that others built."""
 
 import warnings
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from visionsel.ops.focal_modulation import focal_modulation
 from visionsel.ops.focal_modulation.tiled import tiled as tiled_focal
 from visionsel.ops.halo import halo_attention
 from visionsel.ops.halo.tiled import tiled as tiled_halo
+from visionsel.ops.linear import linear, onednn_is_faster, unavailable, why_not
 
 __all__ = ["accelerate"]
 
@@ -103,25 +105,57 @@ class AcceleratedFocalModulation(FocalModulation):
         return tuple(F.conv2d(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
+@register_notrace_module
+class AcceleratedLinear(nn.Linear):
+    """`nn.Linear`, computed by `visionsel.ops.linear`; made by `accelerate`.
+
+    Where oneDNN cannot serve (another device or dtype, autocast, a compiler), it computes as `nn.Linear`.
+    """
+
+    always_onednn: bool  # wherever it can serve, or only where it is found to be faster
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        if torch.jit.is_scripting():
+            out = F.linear(x, self.weight, self.bias)
+        else:
+            forced = self.always_onednn and why_not(x, self.weight, self.bias) is None
+            out = linear(x, self.weight, self.bias, "onednn" if forced else "auto")
+        return out
+
+
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     HaloAttn: AcceleratedHaloAttn,
     FocalModulation: AcceleratedFocalModulation,
 }
 
 
-def accelerate(model: nn.Module) -> nn.Module:
-    """Make timm's halo attention and focal modulation inside a model run on visionsel's operators.
+def accelerate(model: nn.Module, linears: bool | Literal["auto"] = "auto") -> nn.Module:
+    """Make timm's halo attention and focal modulation, and linear layers, of a model run faster.
+
+    Halo attention and focal modulation run on visionsel's operators. Linear layers in float32 on the CPU run
+    through oneDNN, which on some processors, AMD's among them, is much faster than what PyTorch takes.
 
     Only the computation changes, in place: the model stays the same object with the same parameters,
-    state-dict keys, hooks, mode, device and dtype, and `isinstance` of timm's classes holds. Subclasses of
-    the two are left alone, since their forward may differ. Calling it again does nothing. Where a submodule
-    has become more than its weights (an adapter, pruning, a hook of its own), timm's code runs.
+    state-dict keys, hooks, mode, device and dtype, and `isinstance` of the layers' classes holds. Subclasses
+    of the three are left alone, since their forward may differ. Calling it again does nothing. Where a
+    submodule has become more than its weights (an adapter, pruning, a hook of its own), timm's code runs.
+    Moved to another device or dtype, under autocast, compiled or exported, a linear layer computes as
+    `nn.Linear` does.
 
     Args:
         model: any module tree, for example `timm.create_model("halonet50ts")`.
+        linears: "auto" changes the layers of a size at which oneDNN is measured to be faster on this
+            machine, which takes some milliseconds for each size, once; later each call of them is decided by
+            its own number of rows. As that rests on a clock, results may differ between processes by
+            rounding. True changes all and measures nothing; False leaves linear layers alone.
 
     Returns:
         `model` itself.
+
+    Raises:
+        ValueError: for another value of `linears`.
+        NotImplementedError: with `linears=True`, if this PyTorch has no oneDNN for linear layers.
 
     Warns:
         UserWarning: if the model holds nothing to accelerate; it is returned as it was.
@@ -136,15 +170,34 @@ def accelerate(model: nn.Module) -> nn.Module:
         >>> torch.allclose(before, after, atol=1e-5)
         True
     """
+    if linears not in ("auto", True, False):
+        raise ValueError(f'linears must be "auto", True or False, got {linears!r}')
+    always = linears is True
+    if always and (reason := unavailable()):
+        raise NotImplementedError(f'linears=True: {reason}; choose "auto" or False')
     found = False
     for module in model.modules():
         fast = _FAST.get(type(module))
         if fast is not None:
             module.__class__ = fast
-        found = found or type(module) in _FAST.values()
+        elif linears and type(module) is nn.Linear and _gains(module, always):
+            module.__class__ = AcceleratedLinear
+            module.always_onednn = always  # type: ignore[assignment]  # a flag, not a tensor or module
+        found = found or type(module) in (*_FAST.values(), AcceleratedLinear)
     if not found:
+        others = " and no linear layer that oneDNN would speed up" if linears else ""
         warnings.warn(
-            f"{type(model).__name__} holds no timm HaloAttn or FocalModulation; nothing was accelerated",
+            f"{type(model).__name__} holds no timm HaloAttn or FocalModulation{others}; "
+            "nothing was accelerated",
             stacklevel=2,
         )
     return model
+
+
+def _gains(layer: nn.Linear, always: bool) -> bool:
+    """Whether a linear layer is to run through oneDNN."""
+    # the weight stands for an input: it has the layer's device, dtype and width
+    if why_not(layer.weight, layer.weight, layer.bias) is not None:
+        return False
+    # as many rows as a small map has tokens
+    return always or onednn_is_faster(256, layer.weight)

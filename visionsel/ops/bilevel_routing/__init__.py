@@ -4,22 +4,61 @@ The map is cut into windows; each window attends to the tokens of the `topk` win
 mean query best. The authors' local enhancement (lepe) is the layer's.
 """
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from visionsel.ops.bilevel_routing import compiled, flex, triton
 from visionsel.ops.bilevel_routing.reference import reference
 from visionsel.ops.bilevel_routing.routing import top_windows, window_means
 from visionsel.ops.bilevel_routing.tiled import tiled
 from visionsel.ops.checks import check_attention_maps, pair
+from visionsel.ops.choice import Backend, best_device, compute, usable
 
 __all__ = ["bilevel_routing_attention", "top_windows", "usable_backends", "window_means"]
 
 
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_windows: tuple[int, int],
+    scale: float,
+    index: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    if index is None:
+        index = _all_windows(query, num_windows)
+    return reference(query, key, value, num_windows, scale, index, weight)
+
+
+BACKENDS = {
+    "tiled": Backend(tiled),
+    "reference": Backend(_reference),
+    "triton": Backend(triton.triton, triton.why_not),
+    "flex": Backend(flex.flex, flex.why_not),
+    "compiled": Backend(compiled.compiled, compiled.why_not),
+}
+
+
 def usable_backends() -> list[str]:
     """Names of the backends that are usable on this machine, best first."""
-    return ["tiled", "reference"]
+    return usable("bilevel_routing", BACKENDS, *example_calls(best_device())["inference"])
+
+
+def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Calls that backends tell apart, as they receive them."""
+    x = torch.zeros(1, 32, 32, 1, 32, device=device)
+    leaf = x.clone().requires_grad_()
+    index = torch.arange(4, device=device).expand(1, 16, 4)
+    weight = torch.ones(1, 16, 4, device=device)
+    return {
+        "inference": (x, x, x, (4, 4), 1.0, index, None),
+        "training": (leaf, leaf, leaf, (4, 4), 1.0, index, None),
+        "inference with routing_weight": (x, x, x, (4, 4), 1.0, index, weight),
+        "training with routing_weight": (leaf, leaf, leaf, (4, 4), 1.0, index, weight),
+    }
 
 
 @overload
@@ -79,7 +118,8 @@ def bilevel_routing_attention(
         num_windows: windows per side, or (per column, per row).
         topk: windows that each window attends to; -1 means all.
         scale: factor on the logits; default head_dim**-0.5. BiFormer passes dim**-0.5.
-        backend: "auto", "tiled" or "reference".
+        backend: "auto", or one by name: "tiled" (any device), "triton" (CUDA), "flex" and "compiled"
+            (compile at each new shape), "reference" (the plainest code).
         return_routing: also return the routing.
         routing: `[B, nh * nw, topk]`, int64, the windows to attend to (row-major), in place of the routing
             that this function would compute; repeated windows count twice.
@@ -93,6 +133,7 @@ def bilevel_routing_attention(
     Raises:
         ValueError: for maps that do not fit each other or do not divide into windows, `topk` beyond the
             windows, a `routing` of another shape or type, and unknown backends.
+        NotImplementedError: if the backend asked for cannot serve the call, with the reason.
 
     Examples:
         >>> import torch
@@ -117,22 +158,22 @@ def bilevel_routing_attention(
         _check_routing(routing, routing_weight, (q.shape[0], nh * nw, nh * nw if topk == -1 else topk))
     elif routing_weight is not None:
         raise ValueError("routing_weight weighs the windows that routing names; pass routing too")
-    if backend not in ("auto", *usable_backends()):
-        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(usable_backends())}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
 
-    gather = routing is not None or topk not in (-1, nh * nw)
-    if routing is None and gather:
+    if routing is None and topk not in (-1, nh * nw):
         query_means, key_means = (window_means(x.detach(), grid) for x in (q, k))
         routing, _ = top_windows(query_means, key_means, topk, scale)
-    elif routing is None:
-        routing = torch.arange(nh * nw, device=q.device).expand(q.shape[0], nh * nw, -1)
-    if backend == "reference":
-        out = reference(q, k, v, grid, scale, routing, routing_weight)
-    else:
-        out = tiled(q, k, v, grid, scale, routing if gather else None, routing_weight)
-    return (out, routing) if return_routing else out
+    out = compute("bilevel_routing", BACKENDS, backend, q, k, v, grid, scale, routing, routing_weight)
+    if not return_routing:
+        return out
+    return out, _all_windows(q, grid) if routing is None else routing
+
+
+def _all_windows(query: Tensor, num_windows: tuple[int, int]) -> Tensor:
+    """int64 `[B, windows, windows]`: each window attends to all."""
+    count = num_windows[0] * num_windows[1]
+    return torch.arange(count, device=query.device).expand(query.shape[0], count, -1)
 
 
 def _check_routing(routing: Tensor, weight: Tensor | None, shape: tuple[int, int, int]) -> None:

@@ -5,21 +5,41 @@ after it, and the optional norm after it, are the layer's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from visionsel.ops.choice import Backend, best_device, compute, usable
+from visionsel.ops.focal_modulation import compiled
 from visionsel.ops.focal_modulation.reference import reference
 from visionsel.ops.focal_modulation.tiled import tiled
 
 __all__ = ["focal_modulation", "usable_backends"]
 
-_BACKENDS = {"tiled": tiled, "reference": reference}
+BACKENDS = {
+    "tiled": Backend(tiled),
+    "reference": Backend(reference),
+    "compiled": Backend(compiled.compiled, compiled.why_not),
+}
 
 
 def usable_backends() -> list[str]:
-    """Names of the backends that this machine can run, best first."""
-    return list(_BACKENDS)
+    """Names of the backends that are usable on this machine, best first."""
+    return usable("focal_modulation", BACKENDS, *example_calls(best_device())["inference"])
+
+
+def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Calls that backends tell apart, as they receive them."""
+    x = torch.zeros(1, 8, 8, 16, device=device)
+    leaf = x.clone().requires_grad_()
+    gates = torch.zeros(1, 8, 8, 2, device=device)
+    kernels = [torch.zeros(16, 1, 3, 3, device=device)]
+    weight = torch.zeros(16, 16, 1, 1, device=device)
+    return {
+        "inference": (x, x, gates, kernels, weight, None, False),
+        "training": (leaf, leaf, gates, kernels, weight, None, False),
+    }
 
 
 def focal_modulation(
@@ -47,13 +67,15 @@ def focal_modulation(
         modulator_weight: of h, `[C, C, 1, 1]`.
         modulator_bias: of h, `[C]`, or None.
         normalize: divide the sum by L + 1 (the authors' `normalize_modulator`).
-        backend: "auto", "tiled" (any device) or "reference" (the plainest code).
+        backend: "auto", or one by name: "tiled" (any device), "compiled" (compiles at each new shape) or
+            "reference" (the plainest code).
 
     Returns:
         The modulated queries `[B, H, W, C]`.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit as said above, or the backend is unknown.
+        NotImplementedError: if the backend asked for cannot serve the call, with the reason.
 
     Examples:
         >>> import torch
@@ -65,12 +87,8 @@ def focal_modulation(
         torch.Size([1, 14, 14, 32])
     """
     _check(query, context, gates, kernels, modulator_weight, modulator_bias)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(usable_backends())}"
-        )
-    modulate = _BACKENDS["tiled" if backend == "auto" else backend]
-    return modulate(query, context, gates, list(kernels), modulator_weight, modulator_bias, normalize)
+    call = query, context, gates, list(kernels), modulator_weight, modulator_bias, normalize
+    return compute("focal_modulation", BACKENDS, backend, *call)
 
 
 def _check(

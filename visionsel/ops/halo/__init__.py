@@ -4,20 +4,40 @@ The local attention of HaloNet (Vaswani et al. 2021, arXiv:2103.12731, section 2
 `HaloAttn`: keys and values outside the map are zero and take part in the softmax.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from visionsel.ops.checks import check_attention_maps
+from visionsel.ops.choice import Backend, best_device, compute, usable
+from visionsel.ops.halo import compiled
 from visionsel.ops.halo.reference import reference
 from visionsel.ops.halo.tiled import tiled
 
 __all__ = ["halo_attention", "usable_backends"]
 
-_BACKENDS = {"tiled": tiled, "reference": reference}
+BACKENDS = {
+    "tiled": Backend(tiled),
+    "reference": Backend(reference),
+    "compiled": Backend(compiled.compiled, compiled.why_not),
+}
 
 
 def usable_backends() -> list[str]:
-    """Names of the backends that this machine can run, best first."""
-    return list(_BACKENDS)
+    """Names of the backends that are usable on this machine, best first."""
+    return usable("halo", BACKENDS, *example_calls(best_device())["inference"])
+
+
+def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Calls that backends tell apart, as they receive them."""
+    x = torch.zeros(1, 8, 8, 1, 16, device=device)
+    leaf = x.clone().requires_grad_()
+    table = torch.zeros(27, 16, device=device)
+    return {
+        "inference": (x, x, x, 8, 3, 1, table, table, 1.0),
+        "training": (leaf, leaf, leaf, 8, 3, 1, table, table, 1.0),
+    }
 
 
 def halo_attention(
@@ -49,13 +69,15 @@ def halo_attention(
             to the dtype of q.
         rel_pos_width: the same of horizontal offsets; both tables or neither.
         scale: of the logits; `head_dim**-0.5` if None.
-        backend: "auto", "tiled" (any device) or "reference" (the plainest code).
+        backend: "auto", or one by name: "tiled" (any device), "compiled" (compiles at each new shape) or
+            "reference" (the plainest code).
 
     Returns:
         `[B, H / s, W / s, heads, value_dim]`.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit as said above, or the backend is unknown.
+        NotImplementedError: if the backend asked for cannot serve the call, with the reason.
 
     Examples:
         >>> import torch
@@ -65,16 +87,12 @@ def halo_attention(
         torch.Size([1, 16, 16, 2, 16])
     """
     stride = _check(q, k, v, block_size, halo_size, rel_pos_height, rel_pos_width)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(
-            f"unknown backend {backend!r}; choose 'auto' or one of {', '.join(usable_backends())}"
-        )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if rel_pos_height is not None and rel_pos_width is not None:
         rel_pos_height, rel_pos_width = rel_pos_height.to(q.dtype), rel_pos_width.to(q.dtype)
-    attend = _BACKENDS["tiled" if backend == "auto" else backend]
-    return attend(q, k, v, block_size, halo_size, stride, rel_pos_height, rel_pos_width, scale)
+    call = q, k, v, block_size, halo_size, stride, rel_pos_height, rel_pos_width, scale
+    return compute("halo", BACKENDS, backend, *call)
 
 
 def _check(

@@ -5,27 +5,52 @@ arXiv:2209.15001). At the borders the window is moved inside the map, not cut, e
 NATTEN.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from visionsel.ops.checks import check_attention_maps, pair
-from visionsel.ops.neighborhood.natten import fused_kernels, installed, natten, why_not
+from visionsel.ops.choice import Backend, best_device, compute, usable
+from visionsel.ops.compilation import sizes_are_fixed
+from visionsel.ops.neighborhood import compiled, flex, natten, triton
 from visionsel.ops.neighborhood.reference import reference
 from visionsel.ops.neighborhood.tiled import tiled
 from visionsel.ops.neighborhood.traced import traced
 
-__all__ = ["neighborhood_attention", "sizes_are_fixed", "usable_backends"]
+__all__ = ["neighborhood_attention", "usable_backends"]
 
-_BACKENDS = {"natten": natten, "tiled": tiled, "reference": reference}
+
+def _tiled(query: Tensor, *call: Any) -> Tensor:
+    return tiled(query, *call) if sizes_are_fixed(query) else traced(query, *call)
+
+
+BACKENDS = {
+    "tiled": Backend(_tiled),
+    "reference": Backend(reference),
+    "natten": Backend(natten.natten, natten.why_not),
+    "triton": Backend(triton.triton, triton.why_not),
+    "flex": Backend(flex.flex, flex.why_not),
+    "compiled": Backend(compiled.compiled, compiled.why_not),
+}
 
 
 def usable_backends() -> list[str]:
     """Names of the backends that are usable on this machine, best first."""
-    if torch.cuda.is_available() and fused_kernels():
-        return ["natten", "tiled", "reference"]
-    # on the cpu natten is slower than the reference
-    return ["tiled", "reference", *(["natten"] if installed() else [])]
+    return usable("neighborhood", BACKENDS, *example_calls(best_device())["inference"])
+
+
+def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Calls that backends tell apart, as they receive them."""
+    x = torch.zeros(1, 7, 7, 1, 32, device=device)
+    leaf = x.clone().requires_grad_()
+    bias = torch.zeros(1, 13, 13, device=device)
+    return {
+        "inference": (x, x, x, (7, 7), (1, 1), None, 1.0),
+        "training": (leaf, leaf, leaf, (7, 7), (1, 1), None, 1.0),
+        "inference with rel_pos_bias": (x, x, x, (7, 7), (1, 1), bias, 1.0),
+        "training with rel_pos_bias": (leaf, leaf, leaf, (7, 7), (1, 1), bias, 1.0),
+    }
 
 
 def neighborhood_attention(
@@ -49,7 +74,9 @@ def neighborhood_attention(
         rel_pos_bias: `[heads, 2 * Kh - 1, 2 * Kw - 1]`, added to the scaled logits; its index along an axis
             is (key - query) / dilation + K - 1.
         scale: factor on the logits; default head_dim**-0.5.
-        backend: "auto", "tiled", "reference" or "natten" (needs the natten extra, serves no rel_pos_bias).
+        backend: "auto", or one by name: "tiled" (any device), "triton" (CUDA), "flex" and "compiled"
+            (compile at each new shape), "natten" (needs the natten extra, serves no rel_pos_bias),
+            "reference" (the plainest code).
 
     Returns:
         `[B, H, W, heads, value_dim]`.
@@ -57,7 +84,7 @@ def neighborhood_attention(
     Raises:
         ValueError: for maps that do not fit each other, even kernels, kernels that reach beyond the map, a
             bias of another shape, and unknown backends.
-        NotImplementedError: if natten is asked for and cannot serve the call.
+        NotImplementedError: if the backend asked for cannot serve the call, with the reason.
 
     Examples:
         >>> import torch
@@ -87,21 +114,6 @@ def neighborhood_attention(
             )
         if rel_pos_bias.device != q.device:
             raise ValueError(f"rel_pos_bias is on {rel_pos_bias.device}, q on {q.device}; move it there")
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(_BACKENDS)}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if backend == "auto":
-        # natten has kernels of its own on CUDA only, and the compiler cannot see into them
-        fused = q.is_cuda and not torch.compiler.is_compiling()
-        backend = "natten" if fused and why_not(q, k, v, kernel, rel_pos_bias, scale) is None else "tiled"
-    if backend == "tiled" and not sizes_are_fixed(q):
-        return traced(q, k, v, kernel, step, rel_pos_bias, scale)
-    return _BACKENDS[backend](q, k, v, kernel, step, rel_pos_bias, scale)
-
-
-def sizes_are_fixed(x: Tensor) -> bool:
-    """Whether height and width of `[B, H, W, ...]` are plain numbers, not symbols of a trace."""
-    return not torch.compiler.is_compiling() or (
-        has_static_value(x.shape[1]) and has_static_value(x.shape[2])
-    )
+    return compute("neighborhood", BACKENDS, backend, q, k, v, kernel, step, rel_pos_bias, scale)

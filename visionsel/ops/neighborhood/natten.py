@@ -21,13 +21,7 @@ def natten(
     rel_pos_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attend from each position of `[B, H, W, heads, head_dim]` to its kernel of neighbors.
-
-    Raises:
-        NotImplementedError: if natten cannot serve the call, with the reason.
-    """
-    if reason := why_not(query, key, value, kernel_size, rel_pos_bias, scale):
-        raise NotImplementedError(f"backend 'natten' cannot serve this call: {reason}")
+    """Attend from each position of `[B, H, W, heads, head_dim]` to its kernel of neighbors."""
     package: Any = library()
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     return package.functional.na2d(query, key, value, kernel_size, dilation=dilation, scale=scale)
@@ -38,6 +32,7 @@ def why_not(
     key: Tensor,
     value: Tensor,
     kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
     rel_pos_bias: Tensor | None,
     scale: float,
 ) -> str | None:

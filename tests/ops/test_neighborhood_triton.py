@@ -1,0 +1,373 @@
+"""The Triton kernels against the reference in float64: results and every gradient.
+
+Without a GPU triton's interpreter runs them on the CPU, in a process of its own, since TRITON_INTERPRET
+changes whatever else uses triton. `python -m tests.ops.test_neighborhood_triton` is that process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from visionsel.ops.neighborhood import triton
+from visionsel.ops.neighborhood.reference import reference
+
+# of the largest number; float32: reordered sums; half precision: the attention and its gradient are rounded
+# before they are multiplied (by the interpreter towards zero), and once more what is stored
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 8 * 2**-10, torch.bfloat16: 8 * 2**-7}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call on a map of `size`; `bias` is "none", "plain" or "closed": a plain one with some -inf."""
+
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    dilation: tuple[int, int] = (1, 1)
+    heads: int = 1
+    dims: tuple[int, int] = (16, 16)
+    batch: int = 1
+    bias: str = "plain"
+    scale: float = 0.4
+    layout: str = "plain"  # "fused": slices of one projection, "nchw": channels before the map
+    needed: str = "qkvb"
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "one tile": Case((4, 5)),
+    "tiles in both directions": Case((10, 9), (3, 5), bias="none"),
+    "a map that its tiles fill": Case((8, 16), needed="qkv"),
+    "a kernel of the map's size": Case((5, 7), (5, 7), needed="qkv"),
+    "a kernel almost of the map's size": Case((10, 9), (7, 7), bias="none"),
+    "a kernel of one position": Case((3, 2), (1, 1)),
+    "a kernel of one row": Case((2, 11), (1, 5)),
+    "a kernel of one column": Case((17, 2), (5, 1), needed="qkv"),
+    "grids of one size": Case((3, 6), (1, 3), (3, 2)),
+    "grids of several sizes": Case((7, 3), (3, 1), (2, 2)),
+    "grids whose last tiles are empty": Case((9, 4), (3, 1), (2, 1), dims=(130, 16), needed="qkv"),
+    "many tiles of wide heads": Case((9, 6), (5, 3), dims=(130, 20), needed="qkv"),
+    "odd dims": Case((4, 3), dims=(20, 33), needed="qkv"),
+    "strips of columns": Case((2, 40), (1, 5)),
+    "blocks of columns": Case((1, 50), (1, 33)),
+    "splits of the batch": Case((8, 3), (1, 3), batch=4),
+    "a bias with closed places": Case((4, 5), bias="closed"),
+    "no scale": Case((4, 5), scale=0.0, needed="qkv"),
+    "a negative scale": Case((4, 5), scale=-0.7, needed="qkv"),
+    "slices of a projection": Case((1, 5), (1, 3), heads=2, layout="fused", batch=2),
+    "channels before the map": Case((1, 3), (1, 3), heads=2, layout="nchw", dims=(12, 20)),
+    "gradient of queries only": Case((4, 5), needed="q"),
+    "gradient of keys only": Case((4, 5), needed="k"),
+    "gradient of values only": Case((4, 5), needed="v"),
+    "gradient of the bias only": Case((1, 5), (1, 3), needed="b"),
+    "float16": Case((3, 9), (1, 5), dtype=torch.float16),
+    "bfloat16": Case((3, 9), (1, 5), dtype=torch.bfloat16),
+}
+
+# as in NAT and DiNAT at 224 pixels, in a detector, and at the limits of the tables of sizes
+REAL = {
+    "stage 1": Case((56, 56), (7, 7), heads=2, dims=(32, 32), batch=4, layout="fused"),
+    "stage 1, dilated": Case((56, 56), (7, 7), (8, 8), heads=2, dims=(32, 32), batch=4, layout="fused"),
+    "stage 2, dilated": Case((28, 28), (7, 7), (3, 3), heads=4, dims=(32, 32), batch=4, layout="fused"),
+    "stage 3": Case((14, 14), (7, 7), heads=8, dims=(32, 32), batch=4, layout="fused"),
+    "stage 4": Case((7, 7), (7, 7), heads=16, dims=(32, 32), batch=4, layout="fused"),
+    "detection": Case((100, 152), (7, 7), (1, 3), heads=2, dims=(32, 32), layout="fused"),
+    "kernel of 13": Case((40, 70), (13, 13), heads=2, dims=(64, 64)),
+    "kernel of 63": Case((64, 70), (3, 63), heads=2, dims=(32, 32)),
+    "heads of 128": Case((20, 30), (7, 7), heads=2, dims=(128, 128)),
+    "heads of 256": Case((20, 30), (7, 7), (2, 2), heads=2, dims=(256, 256)),
+    "a large batch": Case((7, 7), (3, 3), heads=3, dims=(16, 16), batch=700),
+}
+
+
+def compare(case: Case, device: str) -> None:
+    """Results and gradients of the kernels and of the reference in float64, of the same rounded numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    if case.layout == "fused":
+        leaves = [random(case.batch, *case.size, 3, case.heads, case.dims[0])]
+    else:
+        order = (0, 3, 4, 1, 2) if case.layout == "nchw" else (0, 1, 2, 3, 4)
+        leaves = [
+            random(case.batch, *case.size, case.heads, dim).permute(order).contiguous()
+            for dim in (case.dims[0], *case.dims)
+        ]
+    table = torch.randn(case.heads, *(2 * k - 1 for k in case.kernel), generator=generator)
+    if case.bias == "closed":
+        table[:, 0] = -torch.inf
+    probe = random(case.batch, *case.size, case.heads, case.dims[1])
+    wanted = [name in case.needed for name in ("q" if case.layout == "fused" else "qkv")]
+
+    results = []
+    for run, dtype, place in ((triton.triton, case.dtype, device), (reference, torch.float64, "cpu")):
+        own = [x.to(place, dtype, copy=True).requires_grad_(on) for x, on in zip(leaves, wanted, strict=True)]
+        bias = None
+        if case.bias != "none":
+            bias = table.to(place, torch.promote_types(dtype, torch.float32), copy=True)
+            bias.requires_grad_("b" in case.needed)
+        if case.layout == "fused":
+            q, k, v = own[0].unbind(3)
+        elif case.layout == "nchw":
+            q, k, v = (x.permute(0, 3, 4, 1, 2) for x in own)
+        else:
+            q, k, v = own
+        out = run(q, k, v, case.kernel, case.dilation, bias, case.scale)
+        inputs = [x for x in (*own, bias) if x is not None and x.requires_grad]
+        grads = torch.autograd.grad(out, inputs, probe.to(place, dtype))
+        results.append([x.detach().cpu().double() for x in (out, *grads)])
+    for fast, truth in zip(*results, strict=True):
+        largest = max(1.0, truth.abs().max().item())
+        torch.testing.assert_close(fast, truth, rtol=0, atol=TOLERANCE[case.dtype] * largest)
+
+
+def small(device: str) -> tuple[Any, ...]:
+    """A call on a map of 2 x 4, all of it with gradients."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 4, 1, 16, device=device).requires_grad_() for _ in range(3))
+    bias = torch.randn(1, 1, 5, device=device).requires_grad_()
+    return q, k, v, (1, 3), (2, 1), bias, 0.3
+
+
+def inputs_of(call: tuple[Any, ...]) -> list[Tensor]:
+    return [x for x in call if isinstance(x, Tensor)]
+
+
+def the_compiler_takes_it_as_one_graph(device: str) -> None:
+    def attend(*call: Any) -> Tensor:
+        assert triton.why_not(*call) is None
+        return triton.triton(*call)
+
+    call = small(device)
+    # aot_eager: the graph and its gradient as the compiler sees them, without minutes of code generation
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*call)
+    expected = attend(*call)
+    assert torch.equal(out, expected)
+    grads = torch.autograd.grad(out.square().sum(), inputs_of(call))
+    for grad, truth in zip(grads, torch.autograd.grad(expected.square().sum(), inputs_of(call)), strict=True):
+        torch.testing.assert_close(grad, truth, rtol=0, atol=1e-6)
+
+
+def the_operator_is_registered_as_torch_wants(device: str) -> None:
+    q, k, v, kernel, dilation, bias, scale = small(device)
+    for table in (bias, None):
+        call = (q, k, v, table, kernel, dilation, scale)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(triton.attention, call, test_utils=tests)
+        out, sums = (x.detach() for x in triton.attention(*call))
+        needed = [True, False, True, table is not None]
+        rest = (q, k, v, table, out, sums, kernel, dilation, scale)
+        torch.library.opcheck(triton.gradients, (needed, out, *rest), test_utils=tests)
+
+
+def autocast_attends_in_half_precision(device: str) -> None:
+    q, k, v, *rest = small(device)
+    expected = triton.triton(q, k, v, *rest)
+    with torch.autocast(device, torch.bfloat16):
+        out = triton.triton(q, k, v, *rest)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=8 * 2**-7)
+    out.float().square().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == rest[2].grad.dtype == torch.float32
+
+
+def an_expanded_gradient_is_served(device: str) -> None:
+    call = small(device)
+    grads = torch.autograd.grad(triton.triton(*call).sum(), inputs_of(call))
+    plain = torch.autograd.grad(
+        triton.triton(*call), inputs_of(call), torch.ones(1, 2, 4, 1, 16, device=device)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
+
+
+def an_empty_batch_is_served(device: str) -> None:
+    q, k, v, kernel, dilation, bias, scale = small(device)
+    out = triton.triton(q[:0], k[:0], v[:0], kernel, dilation, bias, scale)
+    assert out.shape == (0, 2, 4, 1, 16)
+    assert not torch.autograd.grad(out.sum(), bias)[0].any()
+
+
+def a_second_derivative_is_refused(device: str) -> None:
+    call = small(device)
+    (grad,) = torch.autograd.grad(triton.triton(*call).square().sum(), call[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; use backend='tiled'"):
+        grad.sum().backward()
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    check.__name__: check
+    for check in (
+        the_compiler_takes_it_as_one_graph,
+        the_operator_is_registered_as_torch_wants,
+        autocast_attends_in_half_precision,
+        an_expanded_gradient_is_served,
+        an_empty_batch_is_served,
+        a_second_derivative_is_refused,
+    )
+}
+
+
+def test_the_interpreted_kernels_equal_the_reference() -> None:
+    if not triton.installed():
+        pytest.skip("needs triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    failures = json.loads(done.stdout.splitlines()[-1])
+    assert not failures, "\n".join(f"{name}: {what}" for name, what in failures.items())
+
+
+class NoGpu:
+    """Triton's driver of a GPU that is not there: enough to compile for it."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 80, 32)
+
+    def get_current_device(self) -> str:
+        return "none"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not triton.installed() or triton.interpreted():
+        pytest.skip("needs triton, not interpreted")
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    shared = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        shared[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    q, k, v = torch.zeros(1, 14, 14, 3, 2, 32, dtype=torch.bfloat16).unbind(3)
+    numbers = ((7, 7), (1, 2), 0.1)
+    bias = torch.zeros(2, 13, 13)
+    out, sums = triton.attention(q, k, v, bias, *numbers)
+    triton.gradients([True] * 4, out, q, k, v, bias, out, sums, *numbers)
+    assert set(shared) == {"forward", "row_products", "query_gradient", "key_gradient", "table_gradient"}
+    assert max(shared.values()) <= 99 * 1024  # bytes that a program may have on consumers' GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*CASES, *REAL])
+def test_the_kernels_equal_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    compare(replace({**CASES, **REAL}[name], dtype=dtype), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_operator_holds_on_a_gpu(name: str) -> None:
+    CHECKS[name]("cuda")
+
+
+@pytest.mark.gpu
+def test_results_repeat_bit_for_bit_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 56, 56, 2, 32, device="cuda", requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 13, 13, device="cuda", requires_grad=True)
+    runs = []
+    for _ in range(3):
+        out = triton.triton(q, k, v, (7, 7), (1, 2), bias, 0.2)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))))
+    for again in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+
+
+@pytest.mark.parametrize("positions", [16, 32, 64])
+def test_tiles_cover_every_grid(positions: int) -> None:
+    for height, width in ((1, 1), (1, 40), (33, 2), (7, 7), (56, 57)):
+        for dilation in ((1, 1), (1, 2), (3, 1)):
+            maps = torch.empty(2, height, width, 3, 16, device="meta")
+            programs, tiles, sizes = triton.tiling(maps, dilation, positions)
+            assert sizes["TILE_H"] * sizes["TILE_W"] == positions
+            assert programs == 6 * dilation[0] * dilation[1] * tiles[0] * tiles[1]
+            for length, count, side, step in zip(
+                (height, width), tiles, (sizes["TILE_H"], sizes["TILE_W"]), dilation, strict=True
+            ):
+                assert (count - 1) * side * step < length <= count * side * step
+
+
+@pytest.mark.parametrize("columns", [16, 64])
+def test_strips_and_blocks_of_the_bias_gradient_cover_the_map(columns: int) -> None:
+    for width in (1, 7, 16, 17, 56, 63, 64, 65, 200):
+        for kernel in (1, 3, 7, 9, 33, 63):
+            for step in (1, 3):
+                grid = -(-width // step)
+                maps = torch.empty(64, 5, width, 2, 16, device="meta")
+                splits, blocks, strips, sizes = triton.shares(maps, (3, kernel), (1, step), columns)
+                assert strips * sizes["STRIP"] >= grid
+                assert blocks * sizes["BLOCK"] >= min(sizes["STRIP"] + kernel - 1, grid)
+                assert sizes["STRIP"] <= sizes["BLOCK"] <= columns
+                assert 1 <= splits * blocks * strips * step * 10 <= max(2048, blocks * strips * step * 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16}, None),
+        ({"dtype": torch.float64}, "float32, float16 or bfloat16, the tensors are torch.float64"),
+        ({"dim": 257}, "head dims up to 256, got 257"),
+        ({"interpreted": False}, "run on cuda, the tensors are on cpu"),
+        ({"installed": False}, "pip install triton; it comes with PyTorch for CUDA on Linux"),
+    ],
+)
+def test_the_reason_against_a_call_is_told(
+    changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("interpreted", "installed"):
+        monkeypatch.setattr(triton, name, lambda name=name: changes.get(name, True))
+    x = torch.zeros(1, 4, 4, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
+    told = triton.why_not(x, x, x, (3, 3), (1, 1), None, 1.0)
+    assert told is None if reason is None else reason in str(told)
+
+
+def main() -> None:
+    """Run everything by the interpreter; the last line is JSON: what failed, and how."""
+    # torchvision imports triton itself
+    early = "visionsel.ops.neighborhood.triton_kernels" in sys.modules
+    failures = {"importing visionsel": "it imports the kernels"} if early else {}
+    runs: dict[str, Callable[[], None]] = {
+        **{name: partial(compare, case, "cpu") for name, case in CASES.items()},
+        **{name: partial(check, "cpu") for name, check in CHECKS.items()},
+    }
+    for name, attempt in runs.items():
+        try:
+            attempt()
+        except Exception:
+            failures[name] = traceback.format_exc()
+    print(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Bi-level routing attention by torch's flex_attention (Dong et al. 2024, arXiv:2412.05496).
+
+flex_attention compiles one kernel from a mask, a change of the logits and the list of blocks that are not
+masked as a whole. A block here is a window, and the list is the routing itself: a tensor, so that a new
+routing is no new kernel, and keys and values are read where they are, not gathered. A window that is named
+twice is visited once, with the logarithm of 2 added to its logits. Windows of fewer tokens than a block can
+have are padded, and the padding is masked.
+
+The mask holds the routing too, though the kernels need only the list: without torch.compile flex_attention
+looks at nothing else.
+
+Every new shape is compiled, which takes seconds. On the CPU torch has the forward kernel alone.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from visionsel.ops.compilation import call_compiled, no_compiler, sizes_are_fixed
+
+__all__ = ["attend", "block_size", "flex", "routed_blocks", "why_not"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_windows: tuple[int, int],
+    scale: float,
+    index: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Attend from every window to those that `index` `[B, windows, topk]` names; None means all windows.
+
+    Inside torch.compile this joins the graph that is compiled; otherwise it is compiled here.
+
+    Raises:
+        NotImplementedError: if flex_attention cannot serve the call, with the reason.
+        RuntimeError: if torch.compile is switched off, or where a tracer other than it looks on.
+    """
+    if reason := why_not(query, key, value, num_windows, scale, index, weight):
+        raise NotImplementedError(f"backend 'flex' cannot serve this call: {reason}")
+    device = query.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if device.type == "cpu":  # no gradient is recorded, but flex_attention refuses tensors that ask for one
+        query, key, value = query.detach(), key.detach(), value.detach()
+    return call_compiled(fused, query, key, value, num_windows, scale, index)
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_windows: tuple[int, int],
+    scale: float,
+    index: Tensor | None,
+    weight: Tensor | None,
+) -> str | None:
+    """Why flex_attention cannot serve a call; None if it can."""
+    if weight is not None:
+        return (
+            "routing_weight gives the same keys and values another size in each window of queries, "
+            "and flex_attention reads them where they are"
+        )
+    if not (sizes_are_fixed(query) and sizes_are_fixed(key)):
+        return "its blocks are laid out for a map of fixed size, and torch.compile keeps this one's symbolic"
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return refusal(query, value, learns)
+
+
+def refusal(query: Tensor, value: Tensor, learns: bool) -> str | None:
+    """What torch's kernels lack for tensors of this kind."""
+    device, dims = query.device.type, (query.shape[4], value.shape[4])
+    if device not in ("cpu", "cuda"):
+        return f"it is written for cuda and cpu, the tensors are on {device}"
+    if query.dtype not in DTYPES:
+        return f"its kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
+    if device == "cuda" and min(dims) < 16:
+        return f"its CUDA kernels need head dims of at least 16, got {dims[0]} and {dims[1]}"
+    if device == "cpu" and learns:
+        return "flex_attention has no backward on the CPU"
+    if torch.compiler.is_compiling():
+        return None
+    if 0 in (*query.shape, *value.shape):
+        return "a tensor is empty"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device == "cpu" and (sys.platform == "darwin" or capability not in ("AVX2", "AVX512")):
+        return f"its CPU kernel needs AVX2 and no macOS, this is {sys.platform} with {capability}"
+    return no_compiler(device)
+
+
+def fused(*call: Any) -> Tensor:
+    """`attend`, but never by the uncompiled flex_attention, which holds the logits of all pairs at once."""
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "backend 'flex' needs torch.compile, but it is switched off or another tracer looks on; "
+            "choose another backend"
+        )
+    return attend(*call)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_windows: tuple[int, int],
+    scale: float,
+    index: Tensor | None,
+) -> Tensor:
+    """What is compiled."""
+    batch, height, width, heads, _ = query.shape
+    nh, nw = num_windows
+    h, w = height // nh, width // nw
+    # scaled here, not by 1: torch's CPU kernel needs a query that is computed with these axes, and is no view
+    left = 0.5 if scale == 1 else 1.0
+    if index is None:
+        query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+        options = kernel_options(query, value, 64, 64)
+        out = flex_attention(query * (scale / left), key, value, scale=left, kernel_options=options)
+        return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[3])
+    keys = (key.shape[1] // nh) * (key.shape[2] // nw)
+    blocks = block_size(h * w), block_size(keys)
+    mask, score_mod = routed_blocks(index, blocks, keys)
+    query = to_blocks(query, num_windows, blocks[0]) * (scale / left)
+    key, value = to_blocks(key, num_windows, blocks[1]), to_blocks(value, num_windows, blocks[1])
+    options = kernel_options(query, value, *blocks)
+    out = flex_attention(query, key, value, score_mod, mask, left, kernel_options=options)
+    value_dim = value.shape[3]
+    out = out.reshape(batch, heads, nh * nw, blocks[0], value_dim)[:, :, :, : h * w]
+    out = out.reshape(batch, heads, nh, nw, h, w, value_dim).permute(0, 2, 4, 3, 5, 1, 6)
+    return out.reshape(batch, height, width, heads, value_dim)
+
+
+def block_size(tokens: int) -> int:
+    """Tokens of the block that holds a window: a power of 2 from 16 to 64, or a multiple of 64."""
+    for size in (16, 32, 64):
+        if tokens <= size:
+            return size
+    return (tokens + 63) // 64 * 64
+
+
+def to_blocks(x: Tensor, num_windows: tuple[int, int], block: int) -> Tensor:
+    """`[B, H, W, heads, head_dim]` -> `[B, heads, windows * block, head_dim]`, windows padded with zeros."""
+    batch, height, width, heads, head_dim = x.shape
+    nh, nw = num_windows
+    h, w = height // nh, width // nw
+    x = x.reshape(batch, nh, h, nw, w, heads, head_dim).permute(0, 5, 1, 3, 2, 4, 6)
+    x = x.reshape(batch, heads, nh * nw, h * w, head_dim)
+    return F.pad(x, (0, 0, 0, block - h * w)).reshape(batch, heads, nh * nw * block, head_dim)
+
+
+def routed_blocks(
+    index: Tensor, blocks: tuple[int, int], keys: int
+) -> tuple[BlockMask, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]]:
+    """The mask of a routing `[B, windows, topk]`, and the change of the logits that counts repeated windows.
+
+    Args:
+        index: windows named by each window.
+        blocks: tokens of a block of queries and of one of keys.
+        keys: tokens of a window of keys; the rest of its block is padding.
+    """
+    windows = index.shape[1]
+    times, repeats, number, order = routing_tables(index)
+
+    def mask_mod(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (times[b, query // blocks[0], key // blocks[1]] > 0) & (key % blocks[1] < keys)
+
+    def score_mod(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + repeats[b, query // blocks[0], key // blocks[1]]
+
+    masked = number, order
+    whole: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if keys == blocks[1]:  # nothing of a block is masked: the kernels need not look at the mask
+        masked, whole = (torch.zeros_like(number), torch.zeros_like(order)), (number, order)
+    lengths = windows * blocks[0], windows * blocks[1]
+    mask = BlockMask.from_kv_blocks(
+        masked[0],
+        masked[1],
+        whole[0],
+        whole[1],
+        BLOCK_SIZE=blocks,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        compute_q_blocks=torch.is_grad_enabled(),  # the transposed lists are those of backward
+    )
+    return mask, score_mod
+
+
+@torch.library.custom_op("visionsel::routing_tables", mutates_args=())
+def routing_tables(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernels read of a routing `[B, windows, topk]`.
+
+    An operator of its own, since the compiler takes tables that it computes itself to be what they were
+    before a scatter, or cannot read them.
+
+    Returns:
+        How often a window names another, and the logarithm of it, or 0, both `[B, windows, windows]`; the
+        number `[B, 1, windows]` of the windows it names and, first, which ones `[B, 1, windows, windows]`,
+        both int32.
+    """
+    batch, windows, _ = index.shape
+    times = torch.zeros(batch, windows, windows, device=index.device)
+    times = times.scatter_add(2, index, torch.ones_like(index, dtype=times.dtype))
+    routed = times.unsqueeze(1) > 0
+    order = routed.int().argsort(dim=-1, descending=True, stable=True)
+    number = routed.sum(-1, dtype=torch.int32)
+    return times, times.clamp(min=1).log(), number, order.int().contiguous()
+
+
+@routing_tables.register_fake
+def _(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, windows, _ = index.shape
+    times = torch.empty(batch, windows, windows, device=index.device)
+    number = index.new_empty(batch, 1, windows, dtype=torch.int32)
+    return (
+        times,
+        torch.empty_like(times),
+        number,
+        index.new_empty(batch, 1, windows, windows, dtype=torch.int32),
+    )
+
+
+def kernel_options(query: Tensor, value: Tensor, query_block: int, key_block: int) -> Any:
+    """Tile sizes of the CUDA kernels, near torch's own; those divide blocks below 128 from torch 2.14 on."""
+    row = query.element_size() * max(query.shape[3], value.shape[3])  # bytes
+    keys = 64 if row <= 128 else 32 if row <= 256 else 16
+    outer, inner = (64, 32) if query.dtype != torch.float32 and row <= 256 else (16, 16)
+    inner = min(inner, query_block, key_block)
+    return {
+        "FORCE_USE_FLEX_ATTENTION": True,  # below 128 tokens it would take the kernel made for single queries
+        "num_warps": 4,
+        "fwd_BLOCK_M": min(64, query_block),
+        "fwd_BLOCK_N": min(keys, key_block),
+        "bwd_BLOCK_M1": inner,
+        "bwd_BLOCK_N1": min(outer, key_block),
+        "bwd_BLOCK_M2": min(outer, query_block),
+        "bwd_BLOCK_N2": inner,
+    }
