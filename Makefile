@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart demo test test-oldest lint timm-suite embedded bench pictures docs clean
+.PHONY: help quickstart demo test test-oldest lint timm-suite embedded bench bench-full pictures docs clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,11 +47,23 @@ timm-suite: $(READY)  ## timm's own model tests, at the installed version, on ev
 embedded: $(READY)  ## train the shipped small models again from seed and compare (about an hour on two cores)
 	$(BIN)/python -m train.embedded --output runs/embedded
 
-bench: $(READY)  ## paired timings of the operators, the models, the pruners and the recorder
-	$(BIN)/python -m benchmarks.ops
-	$(BIN)/python -m benchmarks.models
-	$(BIN)/python -m benchmarks.pruning
-	$(BIN)/python -m benchmarks.grounding
+bench: $(READY)  ## paired timings, growth and memory, and which goals are reached (some ten minutes)
+	$(BIN)/python -m benchmarks.ops --threads 1 --rounds 3
+	$(BIN)/python -m benchmarks.models --threads 1 --rounds 3
+	$(BIN)/python -m benchmarks.growth --threads 1 --rounds 3
+	$(BIN)/python -m benchmarks.memory --threads 1
+	$(BIN)/python -m benchmarks.pruning --threads 1 --rounds 1 --visual-tokens 576
+	$(BIN)/python -m benchmarks.grounding --threads 1 --rounds 1 --images 1
+	-$(BIN)/python -m benchmarks.targets $(foreach p,ops models growth memory,runs/bench/$(p).json)
+
+bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the machine idle)
+	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled --rounds 7
+	$(BIN)/python -m benchmarks.models --threads 1
+	$(BIN)/python -m benchmarks.growth --threads 1
+	$(BIN)/python -m benchmarks.memory --threads 1
+	$(BIN)/python -m benchmarks.pruning --threads 1
+	$(BIN)/python -m benchmarks.grounding --threads 1
+	$(BIN)/python -m benchmarks.tables $(foreach p,ops models growth memory pruning grounding,runs/bench/$(p).json)
 
 docs: $(READY)  ## the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict

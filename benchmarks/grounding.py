@@ -32,6 +32,7 @@ def measure(
     say: Callable[[str], None] = paired.quiet,
 ) -> dict[str, Any]:
     """Times, and the bytes that each way keeps."""
+    options = {name: value for name, value in locals().items() if name not in ("say", "device")}
     torch.manual_seed(0)
     model = random_llava(hidden, layers, 2).eval().to(device)
     given = random_inputs(images, text_tokens, 1)
@@ -66,7 +67,9 @@ def measure(
         )
     heads = model.config.text_config.num_attention_heads
     kept["all attention of the prompt"] = layers * heads * length**2 * 4
-    return paired.found(timings, columns=images * GRID * GRID, bytes=kept)
+    return paired.found(
+        "grounding", timings, device, options=options, columns=images * GRID * GRID, bytes=kept
+    )
 
 
 def tables(found: dict[str, Any]) -> list[paired.Table]:

@@ -1,119 +1,105 @@
-"""The operators against their plain references, in turn: `visionsel bench ops [--rounds 7]`.
+"""The operators against what they replace, in turn: `visionsel bench ops [--rounds 7]`.
 
-The reference restates the method as its paper does, so the ratio says what the formulation is worth, on this
-machine, at the map sizes of a 224 image. Training means forward and backward of all inputs and tables.
+The baselines are the authors' formulations (`benchmarks.formulations`) and timm's modules; the sizes are
+those of `benchmarks.cases`. Training means forward and backward of all inputs, weights and tables. Beside
+each time stands the share of the machine's limits that it reaches (`benchmarks.roofline`).
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks import cases, paired
 from benchmarks import run as run_program
-from benchmarks.paired import Timing, compare, found, quiet, tables
-from visionsel import ops
+from benchmarks.roofline import least_seconds, limits
 
-__all__ = ["cases", "measure", "tables"]
+__all__ = ["measure", "tables"]
 
-
-def neighborhood(
-    side: int, heads: int, dilation: int, batch: int
-) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """NAT's attention: kernel 7, head_dim 32, with the relative position bias."""
-    bias = 0.1 * torch.randn(heads, 13, 13)
-
-    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, backend: str) -> Tensor:
-        return ops.neighborhood_attention(q, k, v, 7, dilation, bias, backend=backend)
-
-    return call, [*_qkv(batch, side, heads), bias]
-
-
-def bilevel_routing(
-    side: int, heads: int, topk: int, batch: int
-) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """BiFormer's attention: 7 x 7 windows, head_dim 32."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-        return ops.bilevel_routing_attention(q, k, v, 7, topk, scale=(32 * heads) ** -0.5, backend=backend)
-
-    return call, _qkv(batch, side, heads)
-
-
-def halo(side: int, heads: int, batch: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """HaloNet's attention: blocks of 8, halo 3, head_dim 16, relative tables."""
-    tables = [0.1 * torch.randn(27, 16) for _ in range(2)]
-
-    def call(q: Tensor, k: Tensor, v: Tensor, height: Tensor, width: Tensor, backend: str) -> Tensor:
-        return ops.halo_attention(q, k, v, 8, 3, height, width, backend=backend)
-
-    return call, [*_qkv(batch, side, heads, 16), *tables]
-
-
-def focal_modulation(side: int, dim: int, batch: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """FocalNet's modulation with three levels; its inputs are slices of one projection, as in use."""
-    projected = torch.randn(batch, side, side, 2 * dim + 4)
-    kernels = [0.3 * torch.randn(dim, 1, k, k) / k for k in (3, 5, 7)]
-    weight = torch.randn(dim, dim, 1, 1) / dim**0.5
-
-    def call(projected: Tensor, weight: Tensor, *kernels: Tensor, backend: str) -> Tensor:
-        query, context, gates = projected.split((dim, dim, 4), -1)
-        return ops.focal_modulation(query, context, gates, kernels, weight, backend=backend)
-
-    return call, [projected, weight, *kernels]
-
-
-def _qkv(batch: int, side: int, heads: int, head_dim: int = 32) -> list[Tensor]:
-    """Slices of one fused projection, as in use."""
-    return list(torch.randn(batch, side, side, 3, heads, head_dim).unbind(3))
-
-
-def cases(batch: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """What is measured, by name."""
-    return {
-        "neighborhood 56x56, 2 heads": neighborhood(56, 2, 1, batch),
-        "neighborhood 56x56, 2 heads, dilation 8": neighborhood(56, 2, 8, batch),
-        "neighborhood 28x28, 4 heads": neighborhood(28, 4, 1, batch),
-        "neighborhood 14x14, 8 heads": neighborhood(14, 8, 1, batch),
-        "bilevel routing 56x56, 2 heads, topk 1": bilevel_routing(56, 2, 1, batch),
-        "bilevel routing 28x28, 4 heads, topk 4": bilevel_routing(28, 4, 4, batch),
-        "bilevel routing 14x14, 8 heads, topk 16": bilevel_routing(14, 8, 16, batch),
-        "halo 32x32, 8 heads": halo(32, 8, batch),
-        "halo 16x16, 8 heads": halo(16, 8, batch),
-        "focal modulation 56x56, 96 channels": focal_modulation(56, 96, batch),
-        "focal modulation 28x28, 192 channels": focal_modulation(28, 192, batch),
-    }
-
-
-def forward(call: Callable[..., Tensor], inputs: list[Tensor], backend: str) -> Tensor:
-    """One call without gradients."""
-    with torch.inference_mode():
-        return call(*inputs, backend=backend)
-
-
-def train(call: Callable[..., Tensor], inputs: list[Tensor], backend: str) -> Tensor:
-    """One call and its backward; returns the gradients side by side, so that these are compared too."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = call(*leaves, backend=backend)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(out.sum(), leaves)])
+# of the largest value; half precision rounds every product
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 def measure(
-    *, rounds: int, batch: int, device: str | torch.device, say: Callable[[str], None] = quiet
+    *,
+    rounds: int,
+    batch: int,
+    operators: Sequence[str],
+    backends: Sequence[str],
+    dtype: str,
+    device: str | torch.device,
+    say: Callable[[str], None] = paired.quiet,
 ) -> dict[str, Any]:
-    """All cases, forward and training."""
+    """All cases of some operators, forward and training.
+
+    Raises:
+        ValueError: for a backend that no operator has.
+        RuntimeError: when two ways to compute a case differ.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("say", "device")}
+    cases.check_backends(operators, backends)
     torch.manual_seed(0)
-    timings: list[Timing] = []
-    measured = list(cases(batch).items())
-    for number, (name, (call, inputs)) in enumerate(measured, 1):
-        say(f"[{number}/{len(measured)}] {name}")
-        inputs = [x.to(device) for x in inputs]
-        for mode, run in {"forward": forward, "training": train}.items():
-            functions: dict[str, Any] = {b: partial(run, call, inputs, b) for b in ("reference", "auto")}
-            timings += compare(f"{name}, {mode}", functions, rounds)
-    return found(timings)
+    precision = getattr(torch, dtype)
+    timings: list[paired.Timing] = []
+    left_out: list[dict[str, str]] = []
+    say("limits of the machine")
+    reached = limits(device, precision)
+    shares: list[dict[str, Any]] = []
+    measured = cases.chosen(cases.at_224(batch), operators)
+    for number, case in enumerate(measured, 1):
+        say(f"[{number}/{len(measured)}] {case.name}")
+        prepared = case.prepare(device, precision)
+        least = least_seconds(case.work(), reached)
+        for mode in cases.MODES:
+            name = f"{case.name}, {mode}"
+            functions, others = cases.functions(case, prepared, backends, mode)
+            left_out += [{"case": name, "name": other, "why": why} for other, why in others.items()]
+            with paired.exact(device):
+                found = paired.compare(name, functions, rounds, TOLERANCE[dtype])
+            timings += found
+            if mode == "forward":
+                shares += [
+                    {
+                        "case": name,
+                        "name": timing.name,
+                        "least_milliseconds": 1e3 * least,
+                        "share": least / (1e-3 * _milliseconds(timing, device)),
+                    }
+                    for timing in found
+                ]
+    return paired.found(
+        "ops",
+        timings,
+        device,
+        options=options,
+        left_out=left_out,
+        limits=asdict(reached),
+        shares=shares,
+    )
+
+
+def _milliseconds(timing: paired.Timing, device: str | torch.device) -> float:
+    """By the clock that the limits were measured with."""
+    return timing.cpu_milliseconds if torch.device(device).type == "cpu" else timing.milliseconds
+
+
+def tables(found: dict[str, Any]) -> list[paired.Table]:
+    """The times, and how far they are from the machine's limits."""
+    times, *left_out = paired.tables(found)
+    reached = found["limits"]
+    title = (
+        f"Share of the machine's limits, forward: {reached['flops'] / 1e9:.0f} GFLOP/s of a matrix product"
+    )
+    if reached["exps"] is not None:
+        title += f", {reached['exps'] / 1e9:.2f} G exponentials/s"
+    title += f", a copy of {reached['bytes'] / 1e9:.0f} GB/s"
+    rows = [
+        [one["case"], one["name"], f"{one['least_milliseconds']:.3f}", f"{100 * one['share']:.1f} %"]
+        for one in found["shares"]
+    ]
+    return [times, (f"{title}.", ["case", "what", "ms at the limits", "share"], rows), *left_out]
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ def measure(
         say(f"[{number}/{len(visual_tokens)}] {name}")
         rows += compare(net, inputs, pruners, rounds, new_tokens)
     return {
-        "machine": {**machine(), "transformers": transformers.__version__},
+        "program": "pruning",
+        "machine": machine(device),
         "options": {**options, "device": str(device)},
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "rows": [

@@ -23,10 +23,12 @@ from visionsel.cli_text import (
 
 __all__ = ["add_bench"]
 
+OPERATORS = ("neighborhood", "bilevel_routing", "halo", "focal_modulation")
 EXAMPLES = (
     "visionsel bench --explain",
     "visionsel bench ops --rounds 5 --threads 2",
     "visionsel bench pruning --methods fastv divprune --visual-tokens 576 --json",
+    "visionsel bench growth --threads 1 -o growth.md",
     "visionsel bench -o bench.json",
 )
 Add = Callable[..., argparse.ArgumentParser]
@@ -44,7 +46,7 @@ def add_bench(verbs: Any, common: argparse.ArgumentParser) -> None:
         type=output_file(".json", ".md"),
         default=argparse.SUPPRESS,
         metavar="FILE",
-        help="write all that was found (.json), or the tables (.md)",
+        help="write all that was found (.json), or pages with tables (.md)",
     )
     shared.add_argument("--device", default=argparse.SUPPRESS, help="default: cuda if there is one, else cpu")
     shared.add_argument(
@@ -53,9 +55,9 @@ def add_bench(verbs: Any, common: argparse.ArgumentParser) -> None:
     bench = verbs.add_parser(
         "bench",
         parents=[shared],
-        help="how fast operators, models, pruners and the recorder of attention are",
+        help="speed and memory of operators and models, what pruning saves, what recording attention costs",
         description="Time things in turn with what they replace, and give ratios, round by round.\n"
-        "Without NAME all four, with their defaults (some ten minutes on two cores).",
+        "Without NAME all of them, with their defaults (some twenty minutes on two cores).",
         epilog=lines(EXAMPLES),
     )
     bench.add_argument(
@@ -70,23 +72,82 @@ def add_bench(verbs: Any, common: argparse.ArgumentParser) -> None:
 
     _add_ops(add)
     _add_models(add)
+    _add_growth(add)
+    _add_memory(add)
     _add_pruning(add)
     _add_grounding(add)
     bench.set_defaults(run=partial(_bench, programs.choices))
 
 
 def _add_ops(add: Add) -> None:
-    text = "the operators against their plain references, at the map sizes of a 224 image"
-    ops = add("ops", text, "visionsel bench ops --rounds 7 --markdown")
+    text = "the operators against the authors' formulations, timm and more, at the map sizes of a 224 image"
+    ops = add("ops", text, "visionsel bench ops --operators halo --backends auto compiled --threads 1")
     _add_rounds(ops, 7)
-    ops.add_argument("--batch", type=count, default=1, metavar="N", help="images at a time (default: 1)")
+    _add_batch(ops)
+    _add_operators(ops)
+    ops.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of inputs and weights: float32, bfloat16 or float16 (default: float32)",
+    )
 
 
 def _add_models(add: Add) -> None:
-    text = "whole models with the plain operators and with the chosen ones, and timm's own, accelerated"
-    models = add("models", text, "visionsel bench models --rounds 5 -o models.json")
+    text = "whole models with the authors' formulations and with ours, and timm's own, accelerated"
+    models = add("models", text, "visionsel bench models --models nat_tiny --rounds 5 -o models.json")
     _add_rounds(models, 5)
-    models.add_argument("--batch", type=count, default=1, metavar="N", help="images at a time (default: 1)")
+    _add_batch(models)
+    models.add_argument("--models", nargs="+", metavar="MODEL", help="those that are measured (default: all)")
+    _add_backends(models)
+
+
+def _add_growth(add: Add) -> None:
+    text = "how the time of each operator grows with the image"
+    growth = add("growth", text, "visionsel bench growth --operators neighborhood --threads 1")
+    _add_rounds(growth, 5)
+    growth.add_argument(
+        "--sides",
+        type=count,
+        nargs="+",
+        default=[56, 112, 224],
+        metavar="N",
+        help="of the first stage's map, a quarter of the image's (default: 56 112 224)",
+    )
+    _add_operators(growth)
+
+
+def _add_memory(add: Add) -> None:
+    text = "the peak memory of each operator and of what it replaces"
+    memory = add("memory", text, "visionsel bench memory --operators halo -o memory.json")
+    _add_batch(memory)
+    _add_operators(memory)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="images at a time (default: 1)")
+
+
+def _add_operators(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--operators",
+        nargs="+",
+        choices=OPERATORS,
+        default=list(OPERATORS),
+        metavar="OPERATOR",
+        help=f"those that are measured (default: {' '.join(OPERATORS)})",
+    )
+    _add_backends(parser)
+
+
+def _add_backends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["auto"],
+        metavar="BACKEND",
+        help="ours, each in turn; one that cannot serve a call is left out with the reason (default: auto)",
+    )
 
 
 def _add_pruning(add: Add) -> None:
@@ -216,7 +277,11 @@ def _bench(parsers: Mapping[str, argparse.ArgumentParser], options: argparse.Nam
     if options.json:
         print(json.dumps(content, indent=2))
     if "out" in options:
-        _write(options.out, content, [one for tables in shown.values() for one in tables])
+        if options.out.suffix.lower() == ".md":
+            text = "\n\n".join(_page(name, found, shown[name]) for name, found in results.items())
+        else:
+            text = json.dumps(content, indent=2)
+        _write(options.out, text)
 
 
 def _print(options: argparse.Namespace, tables: Tables) -> None:
@@ -232,10 +297,17 @@ def _text(tables: Tables, markdown: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _write(path: Path, content: Any, tables: Tables) -> None:
+def _page(name: str, found: Any, tables: Tables) -> str:
+    """What was found as Markdown: a page with the machine and the date, or only a table."""
+    if name == "explain":
+        return _text(tables, markdown=True)
+    page: str = import_module("benchmarks.tables").page(found)
+    return page.rstrip()
+
+
+def _write(path: Path, text: str) -> None:
     from visionsel.files import whole_file
 
-    text = _text(tables, markdown=True) if path.suffix.lower() == ".md" else json.dumps(content, indent=2)
     with writing(path), whole_file(path) as partial:
         partial.write_text(text + "\n")
     print(f"written to {path}", file=sys.stderr)

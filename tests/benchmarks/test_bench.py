@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,21 +13,20 @@ import timm
 import torch
 
 import benchmarks
-from benchmarks import models, ops, paired
-from visionsel import cli_explain
+from benchmarks import cases, models, ops, paired, roofline, tables
 from visionsel.cli import main
 from visionsel.ops import halo
+from visionsel.ops.choice import Backend
 
-
-def small_case(batch: int) -> dict[str, Any]:
-    return {"halo 8x8, 1 head": ops.halo(8, 1, batch)}
+HALO = cases.Halo(8, 16, 1)
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One case, one model of a stage a block, and one call a round."""
-    monkeypatch.setattr(ops, "cases", small_case)
-    monkeypatch.setattr(models, "OURS", ("selectformer_nano",))
+    monkeypatch.setattr(cases, "at_224", lambda batch: [cases.Halo(8, 16, 1, batch)])
+    monkeypatch.setattr(ops, "limits", partial(roofline.limits, scale=16))
+    monkeypatch.setattr(models, "OURS", {"selectformer_nano": "reference"})
     monkeypatch.setattr(models, "TIMMS", ())
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name: create(name, depths=(1, 1, 1, 1)))
@@ -53,45 +53,68 @@ def test_operators_are_timed_and_shown_as_text_markdown_and_files(
     assert found == json.loads(out.read_text())
     assert found["machine"]["threads"] == torch.get_num_threads() == 1
     names = [(timing["case"], timing["name"]) for timing in found["timings"]]
-    cases = [f"halo 8x8, 1 head, {mode}" for mode in ("forward", "training")]
-    assert names == [(case, name) for case in cases for name in ("reference", "auto")]
+    named = [f"{HALO.name}, {mode}" for mode in ("forward", "training")]
+    assert names == [(case, name) for case in named for name in ("timm", "auto")]
     for timing in found["timings"]:
-        assert 0 < timing["speedup_min"] <= timing["speedup"] <= timing["speedup_max"]
+        for clock in ("speedup", "cpu_speedup"):
+            assert 0 < timing[f"{clock}_min"] <= timing[clock] <= timing[f"{clock}_max"]
+        assert len(timing["seconds"]) == len(timing["cpu_seconds"]) == 3
         assert timing["max_difference"] < 1e-4
     assert found["timings"][0]["speedup"] == 1
+    assert [(share["case"], share["name"]) for share in found["shares"]] == names[:2]
+    assert found["options"]["batch"] == 2
+    assert {"processor", "cores", "gpu", "versions", "date"} <= set(found["machine"])
     page = tmp_path / "ops.md"
     assert main(["bench", "ops", "--rounds", "1", "-o", str(page)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].split() == ["case", "what", "ms", "cpu", "ms", "speed-up", "spread"]
-    assert len(lines) == 5
-    assert captured.err == f"[1/1] halo 8x8, 1 head\nwritten to {page}\n"
-    assert page.read_text().splitlines()[0] == "| case | what | ms | cpu ms | speed-up | spread |"
-    assert [line.split("  ")[0] for line in lines[1:5]] == [
-        row.split(" | ")[0][2:] for row in page.read_text().splitlines()[2:]
+    assert lines[0].split() == [*"case what ms CPU ms speed-up spread speed-up, CPU time spread".split()]
+    assert [line.split("  ")[0] for line in lines[1:5]] == [case for case, _ in names]
+    assert captured.err.splitlines() == [
+        "limits of the machine",
+        f"[1/1] {HALO.name}",
+        f"written to {page}",
     ]
+    text = page.read_text()
+    assert text.startswith("# Operators\n")
+    assert f"torch {found['machine']['versions']['torch']}" in text
+    assert text.count(f"| {HALO.name}, forward | ") == 4  # times, and shares of the machine's limits
 
 
 def test_models_are_compared_with_their_plain_selves(capsys: pytest.CaptureFixture[str]) -> None:
     found = bench(capsys, "--threads", 1, "models", "--rounds", 1)
     assert found["machine"]["threads"] == 1
-    cases = [f"selectformer_nano 224, {mode}" for mode in ("forward", "training")]
-    assert [timing["case"] for timing in found["timings"][::2]] == cases
-    plain = models.pair("selectformer_nano")["reference"]
+    named = [f"selectformer_nano 224, {mode}" for mode in ("forward", "training")]
+    assert [timing["case"] for timing in found["timings"][::2]] == named
+    made, left_out = models.pair("selectformer_nano", ["auto", "triton"])
+    assert left_out == {"triton": "not every operator of the model has such a backend"}
+    plain = made["reference"]
     assert {module.backend for module in plain.modules() if hasattr(module, "backend")} == {"reference"}
+
+
+def test_growth_and_memory_are_measured_of_the_operators_that_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = bench(capsys, "memory", "--operators", "halo", "--backends", "auto", "reference")
+    assert [one["name"] for one in found["peaks"]] == 2 * ["timm", "auto", "reference"]
+    found = bench(capsys, "growth", "--operators", "halo", "--sides", 8, 16, "--rounds", 1)
+    assert [(curve["operator"], curve["tokens"]) for curve in found["curves"]] == 2 * [("halo", [64, 256])]
+    assert main(["bench", "memory", "--backends", "magic"]) == 1
+    assert "is called magic; there are auto, " in capsys.readouterr().err
 
 
 def test_a_wrong_answer_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = halo.tiled
-    monkeypatch.setitem(halo._BACKENDS, "tiled", lambda *given: wrong(*given) + 0.1)
+    monkeypatch.setitem(halo.BACKENDS, "tiled", Backend(lambda *given: wrong(*given) + 0.1))
     assert main(["bench", "ops"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "visionsel bench ops: halo 8x8, 1 head, forward: auto differs from reference by" in captured.err
+    assert f"visionsel bench ops: {HALO.name}, forward: auto differs from timm by" in captured.err
 
 
+PROGRAMS = ("ops", "models", "growth", "memory", "pruning", "grounding")
 SIZE = ("--hidden", 64, "--layers", 2, "--text-tokens", 4, "--rounds", 1)
 
 
@@ -141,15 +164,18 @@ def test_the_recorder_is_timed_and_weighed_by_the_program_of_the_package(
 def test_without_a_name_all_programs_run_with_their_own_defaults(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("ops", "models", "pruning", "grounding"):
+    for name in PROGRAMS:
         fake = ModuleType(f"benchmarks.{name}")
         fake.measure = lambda say, device, **given: given  # type: ignore[attr-defined]
         fake.tables = lambda found: []  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, f"benchmarks.{name}", fake)
     found = bench(capsys)
-    assert list(found) == ["ops", "models", "pruning", "grounding"]
-    assert found["ops"] == {"rounds": 7, "batch": 1}
-    assert found["models"] == {"rounds": 5, "batch": 1}
+    assert list(found) == [*PROGRAMS] == [*tables.TITLES]
+    every = {"operators": [*cases.OPERATORS], "backends": ["auto"]}
+    assert found["ops"] == {"rounds": 7, "batch": 1, "dtype": "float32", **every}
+    assert found["models"] == {"rounds": 5, "batch": 1, "models": None, "backends": ["auto"]}
+    assert found["growth"] == {"rounds": 5, "sides": [56, 112, 224], **every}
+    assert found["memory"] == {"batch": 1, **every}
     assert found["pruning"]["visual_tokens"] == [576, 2880]
     assert found["grounding"]["images"] == 5
 
@@ -163,68 +189,3 @@ def test_benchmarks_that_are_not_there_are_said(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "the package benchmarks of visionsel was not found" in captured.err
-
-
-def taken(monkeypatch: pytest.MonkeyPatch, operator: str, bias: bool = False) -> list[str]:
-    """The backends that a call with `auto` goes to."""
-    seen: list[str] = []
-
-    def spy(name: str, backend: Any) -> Any:
-        def call(*given: Any) -> Any:
-            seen.append(name)
-            return backend(*given)
-
-        return call
-
-    module = import_module(f"visionsel.ops.{operator}")
-    if operator == "bilevel_routing":  # it has no table of them
-        for name in ("tiled", "reference"):
-            monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
-    else:
-        monkeypatch.setattr(module, "_BACKENDS", {k: spy(k, v) for k, v in module._BACKENDS.items()})
-    case = {
-        "neighborhood": ops.neighborhood(7, 1, 1, 1),
-        "bilevel_routing": ops.bilevel_routing(7, 1, 2, 1),
-        "halo": ops.halo(8, 1, 1),
-        "focal_modulation": ops.focal_modulation(7, 8, 1),
-    }[operator]
-    call, inputs = case
-    if operator == "neighborhood" and not bias:
-        ops.ops.neighborhood_attention(*inputs[:3], 7)
-    else:
-        call(*inputs, backend="auto")
-    return seen
-
-
-def test_backends_are_explained_as_they_are_taken(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = bench(capsys, "--explain", "--device", "cpu")
-    assert (found["device"], found["torch"]) == ("cpu", torch.__version__)
-    for call in found["calls"]:
-        bias = call["call"] == "with rel_pos_bias"
-        with monkeypatch.context() as patch:
-            assert taken(patch, call["operator"], bias) == [call["auto"]], call
-        assert set(call["others"]) | {call["auto"]} >= set(call["usable"])
-    natten = [call["others"]["natten"] for call in found["calls"] if call["operator"] == "neighborhood"]
-    assert len(natten) == 3
-    assert natten[2] == "auto takes it on cuda alone; natten has no relative position bias since 0.20"
-    assert main(["bench", "--explain", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"float32 on cpu, torch {torch.__version__}"
-    assert lines[2].split() == ["operator", "call", "auto", "takes", "not", "because"]
-    assert main(["bench", "--explain", "--json", "--markdown"]) == 1
-    assert "choose one" in capsys.readouterr().err
-
-
-def test_natten_is_taken_where_its_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    def why_not(q: Any, k: Any, v: Any, kernel: Any, bias: Any, scale: float) -> str | None:
-        return None if bias is None else "no bias"
-
-    zeros = torch.zeros
-    monkeypatch.setattr(cli_explain, "why_not", why_not)
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(size))
-    calls = {call["call"]: call for call in cli_explain._neighborhood(torch.device("cuda"))}
-    assert [calls[name]["auto"] for name in ("inference", "training")] == ["natten", "natten"]
-    assert calls["with rel_pos_bias"]["others"]["natten"] == "no bias"
-    assert calls["under torch.compile"]["others"]["natten"] == "the compiler cannot see into it"
