@@ -9,7 +9,7 @@ one counts twice.
 import csv
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from visionsel.data.imagefolder import open_image
 __all__ = [
     "BadSampleError",
     "ReplaceBadSamples",
+    "bad_samples_file",
+    "good_images",
     "good_samples",
     "open_sample",
     "read_bad_samples",
@@ -79,7 +81,8 @@ class ReplaceBadSamples(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         count = len(self)
-        for candidate in (*range(index, count), *range(index)):
+        for step in range(count):
+            candidate = (index + step) % count
             if candidate in self.bad:
                 continue
             try:
@@ -87,7 +90,7 @@ class ReplaceBadSamples(Dataset[Any]):
             except BadSampleError as error:
                 self.bad.add(candidate)
                 record_bad_sample(self.report, error)
-        raise ValueError(f"all {count} samples are bad; {self.report} says why")
+        raise _none_left(count, self.report)
 
 
 def good_samples(read: Callable[[int], Any], count: int, report: str | Path) -> list[int]:
@@ -110,8 +113,19 @@ def good_samples(read: Callable[[int], Any], count: int, report: str | Path) -> 
         else:
             good.append(index)
     if not good:
-        raise ValueError(f"all {count} samples are bad; {report} says why")
+        raise _none_left(count, report)
     return good
+
+
+def good_images(files: Sequence[str | Path], report: str | Path) -> list[int]:
+    """Positions of the image files that can be read; see `good_samples`."""
+    return good_samples(lambda index: open_sample(files[index]), len(files), report)
+
+
+def _none_left(count: int, report: str | Path) -> ValueError:
+    # the report goes with the folder of a run that did not start: say one of its lines
+    first = next(iter(read_bad_samples(report).values()), "")
+    return ValueError(f"all {count} samples are bad; the first of {report}: {first}")
 
 
 def record_bad_sample(report: str | Path, error: BadSampleError) -> None:
@@ -138,3 +152,8 @@ def read_bad_samples(report: str | Path) -> dict[str, str]:
         return {}
     with report.open(newline="") as stream:
         return {row["file"]: row["error"] for row in csv.DictReader(stream)}
+
+
+def bad_samples_file(output: str) -> str:
+    """Where the bad samples of a run are listed: for the command lines, which know its folder."""
+    return str(Path(output) / "bad_samples.csv")

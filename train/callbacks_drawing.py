@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from visionsel.files import whole_file
+from visionsel.viz import enlarge
 
 __all__ = ["keep_picture", "pictures_folder", "sheet", "to_images"]
 
@@ -63,8 +64,7 @@ def to_images(batch: Tensor, preprocessing: dict[str, Any] | None) -> list[Image
 
 def enlarged(image: Image.Image) -> Image.Image:
     """A small image with its pixels as squares."""
-    factor = max(1, LEAST // max(image.size))
-    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    return enlarge(image, max(1, LEAST // max(image.size)))
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int = 4) -> Image.Image:

@@ -101,6 +101,8 @@ def routed_boxes(
 def modulation(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of the modulator at each position, and the gate of each focal level.
 
+    Both are what the layer itself computes: heard from its projections `f` and `h` while it runs.
+
     Args:
         layer: a `FocalModulation`, ours or timm's.
         x: its input, `[B, H, W, C]`, or `[B, C, H, W]` for timm's.
@@ -109,17 +111,19 @@ def modulation(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         `[B, H, W]`, and `[B, levels + 1, H, W]` with the global level last.
     """
     focal: Any = layer
-    projected = focal.f(x) if isinstance(layer, TimmFocalModulation) else focal.f(x).permute(0, 3, 1, 2)
-    _, context, gates = projected.split([focal.dim, focal.dim, focal.focal_level + 1], dim=1)
-    gathered = torch.zeros_like(context)
-    for level, kernel in enumerate(focal.focal_layers):
-        context = kernel(context)
-        gathered = gathered + context * gates[:, level : level + 1]
-    overall = nn.functional.gelu(context.mean((2, 3), keepdim=True))
-    gathered = gathered + overall * gates[:, focal.focal_level :]
-    if focal.normalize_modulator:
-        gathered = gathered / (focal.focal_level + 1)
-    return focal.h(gathered).norm(dim=1), gates
+    projected: list[Tensor] = []
+    modulators: list[Tensor] = []
+    handles = [
+        focal.f.register_forward_hook(lambda module, inputs, output: projected.append(output)),
+        focal.h.register_forward_hook(lambda module, inputs, output: modulators.append(output)),
+    ]
+    try:
+        focal(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    channels_first = projected[0] if isinstance(layer, TimmFocalModulation) else projected[0].movedim(-1, 1)
+    return modulators[0].norm(dim=1), channels_first[:, 2 * focal.dim :]
 
 
 def place(query: Query, height: int, width: int) -> tuple[int, int]:

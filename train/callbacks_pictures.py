@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.hooks import RemovableHandle
 
+from train.backbone_weights import flat
 from train.callbacks_drawing import enlarged, keep_picture, pictures_folder, sheet, to_images
 from train.callbacks_maps import OPERATORS, attention, feature_colors, modulation, routed_boxes, spatial
 from train.segmentation_pictures import draw_labels
@@ -212,9 +213,10 @@ def _stages(modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
         info: Any = getattr(module, "feature_info", None)
         entries = info if isinstance(info, list) else info.get_dicts() if hasattr(info, "get_dicts") else []
         names = [str(entry["module"]) for entry in entries if "module" in entry]
-        # the features_only form writes the last dot of a name as an underscore
-        pairs = [(f"{owner}.{name}", f"{owner}.{'_'.join(name.rsplit('.', 1))}") for name in names]
-        found = [next((name for name in pair if name in modules), None) for pair in pairs]
+        inside = {
+            flat(name.removeprefix(f"{owner}.")): name for name in modules if name.startswith(f"{owner}.")
+        }
+        found = [inside.get(flat(name)) for name in names]
         if names and all(found):
             return owner, [name for name in found if name]
     return None, []

@@ -32,43 +32,22 @@ __all__ = ["ClassificationCLI", "ImageClassifier", "main"]
 class ClassificationCLI(RunCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
+    fixed = ("model", "model_args", "class_names")
+    marks = ("label_smoothing",)
+    first_weights = ("checkpoint", "pretrained", "checkpoint_classes")
+    whole_weights = ("checkpoint", "pretrained")
+
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(ImageClassifier, ImageFolderData, arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What the model takes from the data and the seed."""
+        """What the model takes from the data."""
         super().add_arguments_to_parser(parser)
         for name in ("class_names", "preprocessing", "batch_size"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another model."""
-        if not self.resumed:
-            if self.subcommand != "fit" and not (
-                self.model.hparams["pretrained"] or self.model.hparams["checkpoint"]
-            ):
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path, or --model.checkpoint")
-            return
-        path = self._get(self.config, "ckpt_path")
-        saved = self.checkpoint.pop("hyper_parameters", None)
-        if saved is None or "state_dict" not in self.checkpoint:
-            raise ValueError(
-                f"{path} is not a checkpoint of this program; "
-                "to start from other weights, give them as --model.checkpoint"
-            )
-        for name in ("model", "model_args", "class_names"):
-            if saved[name] != self.model.hparams[name]:
-                raise ValueError(
-                    f"{path} was trained with {name} {saved[name]}, not {self.model.hparams[name]}"
-                )
-        del self.checkpoint
 
     def predict(self, **kwargs: Any) -> None:
         """Write file, class and probability of each image as CSV, under its name when complete."""
-        if self.trainer.world_size > 1:
-            raise ValueError("predict runs on one device: set --trainer.devices 1")
         files = self.datamodule.predict_files
         names = self.model.hparams["class_names"]
         target = Path(self._get(self.config, "predictions") or self.output / "predictions.csv")

@@ -1,6 +1,5 @@
 """The network of the classification program: any timm model, its start, and how it is spread over devices."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -8,14 +7,14 @@ from typing import Any
 import timm
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
-import visionsel  # noqa: F401  (registers the models with timm)
-from train.cli import brief, read_checkpoint
+from train.backbone_weights import build_backbone, read_backbone_weights
+from train.cli import brief
 from train.image_data import read_class_names
-from visionsel.models.pyramid import unwrap_state_dict
+from train.recipe import near
 
-__all__ = ["build_classifier", "check_name", "near", "shard"]
+__all__ = ["build_classifier", "check_name", "shard"]
 
 
 def build_classifier(
@@ -36,11 +35,11 @@ def build_classifier(
         preprocessing: in the words of timm's pretrained configurations.
         arguments: of the model.
         pretrained: start from the released weights.
-        checkpoint: start from a file: a release, or a checkpoint of this program.
+        checkpoint: start from a file, or from a classifier of the package; see `read_backbone_weights`.
         checkpoint_classes: names of the classes that the weights were trained on, see `read_class_names`; the
             classifier keeps the rows of our classes. None: a classifier of another number of classes is
             left out and starts afresh.
-        same_classes: refuse weights of another number of classes.
+        same_classes: refuse weights of other classes.
 
     Raises:
         ValueError: naming the model (with names that are near), arguments, image size or checkpoint that does
@@ -49,36 +48,37 @@ def build_classifier(
     check_name(name)
     arguments = arguments or {}
     classes = len(class_names)
+    weights = None if checkpoint is None else read_backbone_weights(checkpoint, name)
+    trained = None if weights is None else weights.classes
     overlay = {key: value for key, value in preprocessing.items() if value is not None}
-    if checkpoint is not None:
-        overlay |= _weights(name, checkpoint)
     rows = read_class_names(checkpoint_classes) if checkpoint_classes else None
     if rows is not None:
         if not (pretrained or checkpoint):
             raise ValueError("checkpoint_classes name those of a checkpoint: give checkpoint or pretrained")
-        if overlay.get("num_classes", len(rows)) != len(rows):
+        if trained not in (None, len(rows)):
             raise ValueError(
-                f"{checkpoint} has {overlay['num_classes']} classes, checkpoint_classes "
+                f"{checkpoint} has {trained} classes, checkpoint_classes "
                 f"{checkpoint_classes} names {len(rows)}"
             )
-        overlay["num_classes"] = len(rows)
-    trained = overlay.get("num_classes") or getattr(timm.get_pretrained_cfg(name), "num_classes", classes)
-    if same_classes and trained != classes:
-        raise ValueError(f"{checkpoint or name} was trained on {trained} classes, the data have {classes}")
-    try:
-        net = timm.create_model(
-            name,
-            pretrained=pretrained or checkpoint is not None,
-            num_classes=classes if rows is None else len(rows),
-            pretrained_cfg_overlay=overlay,
-            **arguments,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        weights = f" and the weights of {checkpoint or 'the release'}" if checkpoint or pretrained else ""
-        raise ValueError(f"{name} with model_args {arguments}{weights}: {brief(error)}") from error
+        overlay["num_classes"] = trained = len(rows)
+    if same_classes:
+        own = None if weights is None else weights.class_names
+        trained = trained or getattr(timm.get_pretrained_cfg(name), "num_classes", classes)
+        if trained != classes or own not in (None, list(class_names)):
+            told = f", {own[:3]} ...," if own else ""
+            raise ValueError(
+                f"{checkpoint or name} was trained on {trained} classes{told} not on those of the data"
+            )
+    net = build_backbone(
+        name,
+        arguments,
+        weights,
+        pretrained,
+        num_classes=classes if rows is None else len(rows),
+        overlay=overlay,
+    )
     if rows is not None:
         _keep_rows(net, class_names, rows)
-    net.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr, operator]
     _check_image_size(net, name, preprocessing["input_size"], classes)
     return net
 
@@ -97,12 +97,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown release {name!r}; {architecture} has {', '.join(releases) or 'none'}")
 
 
-def near(name: str, names: Sequence[str]) -> str:
-    """The end of a message: the names that resemble `name`, if any do."""
-    found = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
-    return f"; near it are {', '.join(found)}" if found else ""
-
-
 def _check_image_size(net: nn.Module, name: str, input_size: Sequence[int], classes: int) -> None:
     channels, height, width = input_size
     try:
@@ -115,33 +109,6 @@ def _check_image_size(net: nn.Module, name: str, input_size: Sequence[int], clas
             f"{name} gives {tuple(logits.shape)} for an image, not (1, {classes}); is it a classifier?"
         )
     net.train()
-
-
-def _weights(name: str, path: str) -> dict[str, Any]:
-    """What timm needs to load a file, with its number of classes where the file shows it."""
-    state = read_checkpoint(path)
-    trained = state.get("hyper_parameters")
-    if trained is None:
-        weights = unwrap_state_dict(state)
-        found = _classifier_rows(name, weights)
-        return {"state_dict": weights} | ({} if found is None else {"num_classes": found})
-    net = {
-        key.removeprefix("net."): value
-        for key, value in state["state_dict"].items()
-        if key.startswith("net.")
-    }
-    return {"state_dict": net, "num_classes": len(trained["class_names"])}
-
-
-def _classifier_rows(name: str, weights: dict[str, Tensor]) -> int | None:
-    """Rows of the classifier in a state dict, under the model's name for it or a usual one."""
-    config = timm.get_pretrained_cfg(name) if ":" not in name else None
-    own = getattr(config, "classifier", None) or ()
-    for module in (*((own,) if isinstance(own, str) else own), "head.fc", "head", "fc", "classifier"):
-        weight = weights.get(f"{module}.weight")
-        if weight is not None and weight.ndim > 1:
-            return len(weight)
-    return None
 
 
 def _keep_rows(net: Any, class_names: Sequence[str], rows: Sequence[str]) -> None:

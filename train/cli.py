@@ -5,13 +5,13 @@ A run is a folder: `config.yaml` (everything, resolved), `checkpoints/best.ckpt`
 one before it when it is complete.
 """
 
-import math
+import inspect
 import pickle
 import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,36 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
+from train.callbacks_bad_samples import bad_samples_file
 from train.checkpoint_io import WholeCheckpointIO, remove_partial
 
-__all__ = ["EndlessCLI", "RunCLI", "WeightEMA", "brief", "read_checkpoint", "run_cli", "with_cosine"]
+__all__ = ["EndlessCLI", "RunCLI", "WeightEMA", "below", "brief", "read_checkpoint", "run_cli"]
 
 
 class RunCLI(LightningCLI):
     """LightningCLI with a run folder, `weights_only=True` for every file that is loaded, and early checks.
 
-    Subclasses set `monitor`, the metric whose highest value is the best checkpoint.
+    Subclasses set:
+
+    Attributes:
+        monitor: the metric whose highest value is the best checkpoint.
+        program: its name, for messages.
+        fixed: hyperparameters that a checkpoint must have been trained with as they are given.
+        marks: further ones by which a checkpoint of the program is known.
+        seeded: arguments that take the seed of the run.
+        first_weights: arguments of the model that a checkpoint replaces; only training looks at them.
+        whole_weights: those of them that serve in place of a checkpoint.
     """
 
     monitor = "val/top1"
+    program = "this program"
+    fixed: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    seeded: tuple[str, ...] = ("data.seed", "model.seed")
+    first_weights: tuple[str, ...] = ()
+    whole_weights: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -56,7 +71,9 @@ class RunCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The arguments of a run, beside Lightning's."""
+        """The arguments of a run, beside Lightning's; its seed is that of all that draws."""
+        for target in self.seeded:
+            parser.link_arguments("seed_everything", target)
         parser.add_argument("--output", type=str, default="runs/run", help="folder of the run")
         parser.add_argument(
             "--save_every",
@@ -76,6 +93,8 @@ class RunCLI(LightningCLI):
             default="high",
             help="float32 products on tensor cores: highest, high (TF32) or medium",
         )
+        if "bad_samples" in inspect.signature(self._datamodule_class).parameters:
+            parser.link_arguments("output", "data.bad_samples", compute_fn=bad_samples_file)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -112,7 +131,31 @@ class RunCLI(LightningCLI):
             )
         if self.subcommand == "fit" and self.resumed:
             remove_partial(self.output / "checkpoints")
+        if self.subcommand != "fit" and self.resumed:
+            model = self.config[self.subcommand]["model"]
+            for name in self.first_weights:
+                model[name] = False if isinstance(model[name], bool) else None
         torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another program, or of one with other hyperparameters."""
+        given = self.model.hparams
+        if not self.resumed:
+            if self.subcommand != "fit" and not any(given[name] for name in self.whole_weights):
+                other = f", or --model.{self.whole_weights[0]}" if self.whole_weights else ""
+                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path{other}")
+            return
+        path = self._get(self.config, "ckpt_path")
+        trained = self.checkpoint.get("hyper_parameters", {})
+        if "state_dict" not in self.checkpoint or not {*self.fixed, *self.marks} <= set(trained):
+            start = "; to start from other weights, give them as --model.checkpoint"
+            raise ValueError(
+                f"{path} is not a checkpoint of {self.program}{start if 'checkpoint' in given else ''}"
+            )
+        for name in self.fixed:
+            if trained[name] != given[name]:
+                raise ValueError(f"{path} was trained with {name} {trained[name]!r}, not {given[name]!r}")
+        del self.checkpoint
 
     def _named_checkpoint(self, given: str | None) -> str | None:
         """What `last` and `best` mean: those of the run; a run that has no `last` yet starts afresh."""
@@ -201,6 +244,8 @@ class RunCLI(LightningCLI):
 
     def evaluate(self, verb: str, **kwargs: Any) -> Any:
         """Run a verb of the trainer that does not train."""
+        if verb == "predict" and self.trainer.world_size > 1:
+            raise ValueError("predict runs on one device: set --trainer.devices 1")
         with warnings.catch_warnings():
             # the callbacks that the checkpoint names belong to training
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
@@ -208,49 +253,13 @@ class RunCLI(LightningCLI):
 
 
 class EndlessCLI(RunCLI):
-    """A program whose data has no test split: it fits and validates, and goes on with checkpoints of its own.
-
-    Subclasses set, beside `monitor`:
-
-    Attributes:
-        program: its name, for messages.
-        fixed: hyperparameters that a checkpoint must have been trained with as they are given.
-        marks: further ones by which a checkpoint of the program is known.
-        seeded: arguments that take the seed of the run.
-    """
-
-    program = ""
-    fixed: tuple[str, ...] = ()
-    marks: tuple[str, ...] = ()
-    seeded: tuple[str, ...] = ("data.seed",)
+    """A program whose data has no test split: it fits and validates."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Two of Lightning's verbs."""
         verbs = RunCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate")}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed of the run is that of all that draws."""
-        super().add_arguments_to_parser(parser)
-        for target in self.seeded:
-            parser.link_arguments("seed_everything", target)
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another program, or of one with other hyperparameters."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        given = self.model.hparams
-        trained = self.checkpoint.pop("hyper_parameters", {})
-        if "state_dict" not in self.checkpoint or not {*self.fixed, *self.marks} <= set(trained):
-            raise ValueError(f"{path} is not a checkpoint of {self.program}")
-        for name in self.fixed:
-            if trained[name] != given[name]:
-                raise ValueError(f"{path} was trained with {name} {trained[name]!r}, not {given[name]!r}")
-        del self.checkpoint
 
 
 class WeightEMA(EMAWeightAveraging):
@@ -313,6 +322,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def below(prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a part of a network, by their names in the part."""
+    return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+
+
 def run_cli(program: str, build: Callable[[list[str]], Any], arguments: Sequence[str] | None) -> int:
     """Run a program; what the user can mend becomes one line on stderr. `--debug` shows where it came from.
 
@@ -349,29 +363,3 @@ def brief(error: BaseException, limit: int = 300) -> str:
     """The message of a foreign error on one line, cut off when it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]} ..."
-
-
-def with_cosine(optimizer: Optimizer, trainer: Trainer, warmup: int) -> dict[str, Any]:
-    """What `configure_optimizers` returns: a linear warmup from 0, then a cosine to 0, a step an update.
-
-    Args:
-        optimizer: at its peak rate.
-        trainer: of the run, which knows its length.
-        warmup: updates before the peak.
-
-    Raises:
-        ValueError: for a run without an end, or one that the warmup fills.
-    """
-    updates = trainer.estimated_stepping_batches
-    if not math.isfinite(updates):
-        raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-    if warmup >= updates:
-        raise ValueError(f"warmup_steps {warmup} leave none of the {updates} updates of this run")
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (updates - warmup))
-
-    schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
-    return {"optimizer": optimizer, "lr_scheduler": schedule}

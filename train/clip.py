@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, pixel_shuffle
-from torch.optim.lr_scheduler import LambdaLR
 
-from train.cli import EndlessCLI, WeightEMA, brief, read_checkpoint, run_cli
+from train.cli import EndlessCLI, below, brief, read_checkpoint, run_cli
 from train.clip_data import CLASSES, ClipData, pairs_present, truth_of_phrases
+from train.recipe import average_of_weights, check, check_optimization, count_updates, with_rate
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import COLORS, SHAPES
 from visionsel.embedded.clip import build_clip, clip_config, save_clip
@@ -98,19 +98,15 @@ class ClipTraining(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        check_optimization(self.hparams)
         for argument in ("hard_weight", "phrase_weight", "presence_weight", "dense_weight"):
-            if self.hparams[argument] < 0:
-                raise ValueError(f"{argument} must be at least 0, got {self.hparams[argument]}")
-        if not 0 < background_weight <= 1:
-            raise ValueError(f"background_weight must be above 0 and at most 1, got {background_weight}")
-        if lr <= 0:
-            raise ValueError(f"lr must be above 0, got {lr}")
-        if not 0 <= warmup < 1:
-            raise ValueError(f"warmup must be at least 0 and below 1, got {warmup}")
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}")
-        if optimizer not in list_optimizers():
-            raise ValueError(f"unknown optimizer {optimizer!r}; timm.optim.list_optimizers() names them")
+            value = self.hparams[argument]
+            check(value >= 0, f"{argument} must be at least 0, got {value}")
+        check(
+            0 < background_weight <= 1,
+            f"background_weight must be above 0 and at most 1, got {background_weight}",
+        )
+        check(0 <= warmup < 1, f"warmup must be at least 0 and below 1, got {warmup}")
         config = clip_config(name)
         config["vision_cfg"] |= {**(vision_args or {}), "image_size": image_size}
         config["text_cfg"] |= text_args or {}
@@ -264,16 +260,11 @@ class ClipTraining(LightningModule):
         self.log("val/score", sum(scores) / len(scores), prog_bar=True, sync_dist=True)
         self.features = {}
 
-    def configure_callbacks(self) -> list[Any]:
-        """The average of the weights, if wanted."""
-        decay = self.hparams["ema_decay"]
-        return [WeightEMA(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+    configure_callbacks = average_of_weights
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer; linear warmup and a cosine over the whole run, a step for every update."""
-        hparams, updates = self.hparams, self.trainer.estimated_stepping_batches
-        if not math.isfinite(updates):
-            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        hparams, updates = self.hparams, count_updates(self.trainer)
         optimizer = create_optimizer_v2(
             self.net,
             hparams["optimizer"],
@@ -290,8 +281,7 @@ class ClipTraining(LightningModule):
             done = min(1.0, (update - warmup) / max(1, updates - warmup))
             return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * done))
 
-        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return with_rate(optimizer, factor)
 
 
 def phrase_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -337,9 +327,9 @@ def export_clip(checkpoint: str | Path, folder: str | Path | None = None) -> Pat
         raise ValueError(f"{checkpoint} is not a checkpoint of train.clip")
     model = build_clip(trained["config"])
     state = {
-        key.removeprefix("net."): value
-        for key, value in content["state_dict"].items()
-        if key.startswith("net.") and not key.startswith(("net.dense.", "net.presence."))
+        key: value
+        for key, value in below("net.", content["state_dict"]).items()
+        if not key.startswith(("dense.", "presence."))
     }
     model.load_state_dict(state)
     return save_clip(model, trained["config"], folder)
@@ -349,7 +339,8 @@ class ClipCLI(EndlessCLI):
     """The command line."""
 
     monitor = "val/score"
-    seeded = ("data.seed", "model.seed")
+    program = "train.clip"
+    fixed = ("config",)
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(ClipTraining, ClipData, arguments)
@@ -374,17 +365,7 @@ class ClipCLI(EndlessCLI):
                 f"data.context_length is {self.datamodule.tokenizer.context_length}, "
                 f"that of the model {length}; give both the same"
             )
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        saved = self.checkpoint.pop("hyper_parameters", None) or {}
-        if "config" not in saved or "state_dict" not in self.checkpoint:
-            raise ValueError(f"{path} is not a checkpoint of train.clip")
-        if saved["config"] != self.model.config:
-            raise ValueError(f"{path} was trained with {saved['config']}, not {self.model.config}")
-        del self.checkpoint
+        super().after_instantiate_classes()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,10 +28,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.detection import MeanAveragePrecision
 
-from train.cli import RunCLI, WeightEMA, run_cli, with_cosine
+from train.cli import RunCLI, run_cli
 from train.detection_data import CocoData, Target
 from train.detection_detr import Detr
 from train.detection_models import BatchNorm
@@ -53,6 +52,7 @@ from train.detection_results import (
     sheet,
     write_results,
 )
+from train.recipe import average_of_weights, check, peak_lr, with_cosine, with_rate
 from visionsel.data.resumable import seed_generators
 from visionsel.files import whole_file
 
@@ -291,62 +291,50 @@ class Detector(LightningModule):
             with whole_file(self.folder / "pictures" / f"{stage}{epoch}.png") as partial:
                 picture.save(partial)
 
-    def configure_callbacks(self) -> list[Any]:
-        """The average of the weights, if wanted."""
-        decay = self.hparams["ema_decay"]
-        return [WeightEMA(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+    configure_callbacks = average_of_weights
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer over groups of parameters, and a schedule that steps after every update."""
         trainer, hparams = self.trainer, self.hparams
-        groups = parameter_groups(self._built[0], hparams, self.peak_lr)
+        lr = peak_lr(self)
+        groups = parameter_groups(self._built[0], hparams, lr)
         optimizer = create_optimizer_v2(
-            groups, hparams["optimizer"], lr=self.peak_lr, **(hparams["optimizer_args"] or {})
+            groups, hparams["optimizer"], lr=lr, **(hparams["optimizer_args"] or {})
         )
         warmup = hparams["warmup_steps"]
         if hparams["schedule"] == "cosine":
             return with_cosine(optimizer, trainer, warmup)
         updates = trainer.estimated_stepping_batches
-        if warmup >= updates:
-            raise ValueError(f"warmup_steps {warmup} leave none of the {updates} updates of this run")
+        check(warmup < updates, f"warmup_steps {warmup} leave none of the {updates} updates of this run")
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         ends = [epoch * per_epoch for epoch in sorted(hparams["lr_epochs"])]
 
         def rate(step: int) -> float:
             return min(1, (step + 1) / (warmup + 1)) * hparams["lr_factor"] ** bisect_right(ends, step)
 
-        schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    @property
-    def peak_lr(self) -> float:
-        """`lr`, scaled to the batch of an update."""
-        reference = self.hparams["lr_batch_size"]
-        if reference is None:
-            return self.hparams["lr"]
-        batch = self.hparams["batch_size"] * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return self.hparams["lr"] * batch / reference
+        return with_rate(optimizer, rate)
 
 
 class DetectionCLI(RunCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/box_ap"
+    fixed = ("detector", "backbone", "backbone_args", "categories")
+    first_weights = ("start", "checkpoint", "pretrained")
+    whole_weights = ("start",)
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(Detector, CocoData, arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What model and data take from each other and from the seed."""
+        """What model and data take from each other."""
         super().add_arguments_to_parser(parser)
         for name in ("categories", "size", "max_size", "batch_size"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.link_arguments("model.detector", "data.masks", compute_fn=_has_masks)
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
 
     def before_instantiate_classes(self) -> None:
-        """Take from a checkpoint what its use needs: neither first weights nor, to predict, annotations."""
+        """Take from a checkpoint how pixels are prepared and, to predict without annotations, categories."""
         super().before_instantiate_classes()
         if self.subcommand == "fit" or not self.resumed:
             return
@@ -355,35 +343,16 @@ class DetectionCLI(RunCLI):
         for name in ("mean", "std"):
             if model[name] is None:
                 model[name] = saved.get(name)
-        model["pretrained"], model["checkpoint"], model["start"] = False, None, None
         if self.subcommand == "predict" and data["categories"] is None:
             data["categories"] = saved.get("categories")
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another detector."""
+        """Refuse a checkpoint of another detector; say where results go."""
+        super().after_instantiate_classes()
         self.model.folder = self.output
-        if not self.resumed:
-            if self.subcommand != "fit" and self.model.hparams["start"] is None:
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path, or --model.start")
-            return
-        path = self._get(self.config, "ckpt_path")
-        saved = self.checkpoint.pop("hyper_parameters", {})
-        if "state_dict" not in self.checkpoint or not {"detector", "categories"} <= saved.keys():
-            raise ValueError(
-                f"{path} is not a checkpoint of this program; "
-                "to start from a backbone's weights, give them as --model.checkpoint"
-            )
-        for name in ("detector", "backbone", "backbone_args", "categories"):
-            if saved[name] != self.model.hparams[name]:
-                raise ValueError(
-                    f"{path} was trained with {name} {saved[name]}, not {self.model.hparams[name]}"
-                )
-        del self.checkpoint
 
     def predict(self, **kwargs: Any) -> None:
         """Write what was found in a folder of images as COCO's results, with the file of each row."""
-        if self.trainer.world_size > 1:
-            raise ValueError("predict runs on one device: set --trainer.devices 1")
         files = self.datamodule.predict_files
         target = Path(self._get(self.config, "predictions") or self.output / "predictions.json")
         rows = [row for batch in self.evaluate("predict", **kwargs) or [] for row in batch]

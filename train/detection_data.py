@@ -6,17 +6,26 @@ batch is a list of images and a list of targets, since sizes differ.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from train.callbacks_bad_samples import (
+    BadSampleError,
+    ReplaceBadSamples,
+    good_images,
+    good_samples,
+    open_sample,
+)
 from train.detection_transforms import Augmentation, drop_lost_objects, training_transform
 from train.resumable_data import ResumableData
 from visionsel.data.coco import annotation_mask, read_json
@@ -60,6 +69,10 @@ class CocoData(ResumableData):
         empty_images: train on images without objects, too.
         shapes_size, shapes_image_size: images of `train` (each other split has a tenth), and their side.
         verify: decode every image before anything starts.
+        on_bad: what an image does that is missing, cannot be read or has another size than the annotations
+            say: "stop" ends the run with its name; "report" lists it in `bad_samples.csv` and goes on without
+            it, see `train.callbacks_bad_samples`.
+        bad_samples: that file; the command line puts it into the run's folder.
         seed: fixes order and augmentation.
 
     Raises:
@@ -93,6 +106,8 @@ class CocoData(ResumableData):
         shapes_size: int = 3000,
         shapes_image_size: int = 64,
         verify: bool = False,
+        on_bad: Literal["stop", "report"] = "stop",
+        bad_samples: str = "bad_samples.csv",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -126,6 +141,8 @@ class CocoData(ResumableData):
         self.num_workers = num_workers
         self.empty_images = empty_images
         self.verify = verify
+        self.on_bad = on_bad
+        self.bad_samples = Path(bad_samples)
         self.seed = seed
         self.transform = training_transform(
             augmentation,
@@ -137,6 +154,7 @@ class CocoData(ResumableData):
             color_jitter=color_jitter,
         )
         self._read: dict[str, Objects] = {}
+        self.measured: dict[str, Dataset[Any]] = {}
         self.categories = self._categories() if categories is None else dict(sorted(categories.items()))
         if not self.categories:
             raise ValueError("there are no categories to detect")
@@ -171,12 +189,13 @@ class CocoData(ResumableData):
         for split in wanted:
             self._check(split)
         if stage == "fit":
-            self.train_set = SeededDataset(self._set("train"), self.seed)
+            self.train_set = SeededDataset(self._trained(), self.seed)
             if len(self.train_set) < self.batch_size:
                 raise ValueError(
                     f"{self.root / self.splits['train'][0]} has {len(self.train_set)} images with objects, "
                     f"fewer than batch_size {self.batch_size}"
                 )
+        self.measured = {split: self._measured(split) for split in wanted if split != "train"}
 
     def _check(self, split: str) -> None:
         path = self.root / self.splits[split][0]
@@ -188,13 +207,29 @@ class CocoData(ResumableData):
             raise FileNotFoundError(f"no folder of images at {folder}")
         names = {number: objects.instances.file_name(number) for number in objects.rows}
         missing = [name for name in names.values() if not (folder / name).is_file()]
-        if missing:
+        if missing and self.on_bad == "stop":
             raise FileNotFoundError(f"{path} lists {_some(missing)}, not in {folder}")
-        if self.verify:
+        if self.verify and self.on_bad == "stop":
             for name in names.values():
                 open_image(folder / name)
         if objects.left_out:
             rank_zero_warn(f"{path}: left out {_some(objects.left_out, '; ')}")
+
+    def _trained(self) -> Dataset[Any]:
+        """Images to train on; with `on_bad` "report" the next good one stands for one that is bad."""
+        dataset = self._set("train")
+        if self.on_bad == "stop":
+            return dataset
+        if self.verify:  # lists them before anything starts
+            good_samples(dataset.read, len(dataset), self.bad_samples)
+        return ReplaceBadSamples(dataset, self.bad_samples)
+
+    def _measured(self, split: str) -> Dataset[Any]:
+        """Images to measure on; with `on_bad` "report" those that can be used."""
+        dataset = self._set(split)
+        if self.on_bad == "stop":
+            return dataset
+        return Subset(dataset, good_samples(dataset.read, len(dataset), self.bad_samples))
 
     def _set(self, split: str) -> "CocoSet":
         folder = self.root / self.splits[split][1]
@@ -208,20 +243,21 @@ class CocoData(ResumableData):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation images in order."""
-        return self._evaluation_loader(self._set("val"))
+        return self._evaluation_loader(self.measured["val"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """All test images in order."""
-        return self._evaluation_loader(self._set("test"))
+        return self._evaluation_loader(self.measured["test"])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Images of `predict_files` with targets that hold nothing but their position, counted from 1."""
         return self._evaluation_loader(_Files(self.predict_files))
 
-    @property
+    @cached_property
     def predict_files(self) -> list[Path]:
-        """The images of the predict verb, in order."""
-        return list_images(self.predict_folder or self.root / self.splits["test"][1])
+        """The images of the predict verb, in order; with `on_bad` "report" those that can be read."""
+        files = list_images(self.predict_folder or self.root / self.splits["test"][1])
+        return files if self.on_bad == "stop" else [files[i] for i in good_images(files, self.bad_samples)]
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         count, rank = self.devices()
@@ -278,12 +314,9 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         number = self.ids[index]
-        path = self.folder / self.objects.instances.file_name(number)
-        row, rows = self.objects.instances.images[number], self._rows(number)
-        image = tv_tensors.Image(open_image(path))
-        size: tuple[int, int] = (row["height"], row["width"])
-        if tuple(image.shape[-2:]) != size:
-            raise ValueError(f"{path} has {tuple(image.shape[-2:])} pixels, its annotation file says {size}")
+        image = tv_tensors.Image(self.read(index))
+        size: tuple[int, int] = (image.shape[-2], image.shape[-1])
+        rows = self._rows(number)
         corners = [(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)]
         target: Target = {
             "image_id": number,
@@ -305,6 +338,22 @@ class CocoSet(Dataset[tuple[Tensor, Target]]):
             image, target = self.transform(image, target)
         target = {k: v.as_subclass(Tensor) if isinstance(v, Tensor) else v for k, v in target.items()}
         return image.as_subclass(Tensor), target if self.transform is None else drop_lost_objects(target)
+
+    def read(self, index: int) -> Image.Image:
+        """The image of a position.
+
+        Raises:
+            BadSampleError: naming the file that is missing, cannot be read, or has not the size that the
+                annotations say.
+        """
+        number = self.ids[index]
+        instances = self.objects.instances
+        path, row = self.folder / instances.file_name(number), instances.images[number]
+        image = open_sample(path)
+        found, expected = (image.height, image.width), (row["height"], row["width"])
+        if found != expected:
+            raise BadSampleError(f"{path} has {found} pixels, its annotation file says {expected}", path)
+        return image
 
     def _rows(self, number: int) -> list[dict[str, Any]]:
         rows = self.objects.rows[number]

@@ -28,9 +28,10 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from train.backbone_weights import counterparts, flat, undecayed
 from train.cli import brief
 
-__all__ = ["BatchNorm", "FeaturePyramid", "Source", "build_torchvision", "flat"]
+__all__ = ["BatchNorm", "FeaturePyramid", "Source", "build_torchvision"]
 
 BatchNorm = Literal["eval", "frozen", "train"]
 
@@ -98,12 +99,9 @@ class Source:
 
     def load(self, body: nn.Module) -> None:
         """Copy the weights of the whole model into its backbone, which names them almost alike."""
-        weights = {flat(name): value for name, value in self.whole.state_dict().items()}
-        own = [name for name in body.state_dict() if flat(name) in weights]
-        missing = set(body.state_dict()) - set(own)
-        if missing:
-            raise ValueError(f"the backbone of {self.name} has {sorted(missing)[0]}, which its model has not")
-        body.load_state_dict({name: weights[flat(name)] for name in own})
+        weights = self.whole.state_dict()
+        names = counterparts(body.state_dict(), weights)
+        body.load_state_dict({name: weights[old] for name, old in names.items()})
 
     def depths(self, coarse: bool = False) -> dict[str, int]:
         """How deep a parameter lies by its flattened name: block by block, or `coarse`, stage by stage."""
@@ -113,8 +111,7 @@ class Source:
 
     def undecayed(self) -> set[str]:
         """Flattened names of the parameters that the model exempts from weight decay."""
-        names: Any = getattr(self.whole, "no_weight_decay", set)
-        return {flat(name) for name in names()}
+        return {flat(name) for name in undecayed(self.whole)}
 
 
 class FeaturePyramid(nn.Module):
@@ -257,8 +254,3 @@ class _RetinaNet(RetinaNet):
 
 def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups if channels % groups == 0 else 1, channels)
-
-
-def flat(name: str) -> str:
-    """A parameter's name without what timm's feature extractors change of it."""
-    return name.removeprefix("model.").replace(".", "_")

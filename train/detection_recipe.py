@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import timm
-from timm.optim import list_optimizers
 from torch import nn
 
-import visionsel  # noqa: F401  (registers the models with timm)
-from train.cli import brief, read_checkpoint
+from train.backbone_weights import build_backbone, flat, read_backbone_weights
+from train.classifier_net import check_name
+from train.cli import below, read_checkpoint
 from train.detection_detr import DETRS, Detr, build_detr, find_body
-from train.detection_models import Source, build_torchvision, flat
-from visionsel.embedded.classifier import load_classifier
-from visionsel.models.pyramid import unwrap_state_dict
+from train.detection_models import Source, build_torchvision
+from train.recipe import check, check_optimization
 
 __all__ = [
     "Built",
@@ -56,27 +54,22 @@ def check_recipe(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    for name in ("lr", "lr_batch_size"):
-        _check(given[name] is None or given[name] > 0, f"{name} must be above 0, got {given[name]}")
+    check_optimization(given)
     for name in ("weight_decay", "warmup_steps", "frozen_stages", "pictures", "sampling_ratio"):
-        _check(given[name] >= 0, f"{name} must be at least 0, got {given[name]}")
+        check(given[name] >= 0, f"{name} must be at least 0, got {given[name]}")
     for name in ("pyramid_channels", "box_channels", "mask_channels", "mask_layers", "batch_size", "size"):
-        _check(given[name] >= 1, f"{name} must be at least 1, got {given[name]}")
+        check(given[name] >= 1, f"{name} must be at least 1, got {given[name]}")
     for name in ("backbone_lr", "layer_decay", "lr_factor"):
-        _check(0 < given[name] <= 1, f"{name} must be above 0 and at most 1, got {given[name]}")
-    decay, detector = given["ema_decay"], given["detector"]
-    _check(decay is None or 0 < decay < 1, f"ema_decay must be between 0 and 1, got {decay}")
-    _check(
+        check(0 < given[name] <= 1, f"{name} must be above 0 and at most 1, got {given[name]}")
+    detector = given["detector"]
+    check(
         detector in get_args(Detectors),
         f"unknown detector {detector!r}; choose one of {', '.join(get_args(Detectors))}",
     )
-    _check(given["optimizer"] in map(str, list_optimizers()), f"timm has no optimizer {given['optimizer']!r}")
-    _check(
-        not (given["pretrained"] and given["checkpoint"]), "give either pretrained or checkpoint, not both"
-    )
+    check(not (given["pretrained"] and given["checkpoint"]), "give either pretrained or checkpoint, not both")
     if detector in DETRS:
         for name in ("output_norms", "group_norm", "anchor_scales"):
-            _check(not given[name], f"{name} belongs to torchvision's detectors; leave it out for {detector}")
+            check(not given[name], f"{name} belongs to torchvision's detectors; leave it out for {detector}")
 
 
 def build_detector(given: Mapping[str, Any]) -> Built:
@@ -87,7 +80,9 @@ def build_detector(given: Mapping[str, Any]) -> Built:
     """
     detector: Detectors = given["detector"]
     name, arguments = given["backbone"], dict(given["backbone_args"] or {})
-    whole = _whole(name, arguments, given["pretrained"], given["checkpoint"])
+    check_name(name)
+    weights = None if given["checkpoint"] is None else read_backbone_weights(given["checkpoint"], name)
+    whole = build_backbone(name, arguments, weights, given["pretrained"], given="backbone_args")
     finest = given["least_stride"] or (4 if detector.endswith("rcnn") else 8)
     source = Source(name, arguments, whole, finest)
     common: dict[str, Any] = {
@@ -117,7 +112,7 @@ def build_detector(given: Mapping[str, Any]) -> Built:
     )
     stages = max(built.stages.values())
     frozen = given["frozen_stages"]
-    _check(frozen <= stages, f"frozen_stages must be at most {stages}, got {frozen}")
+    check(frozen <= stages, f"frozen_stages must be at most {stages}, got {frozen}")
     for key, parameter in backbone_of(net).named_parameters():
         if frozen and built.stages[flat(key)] <= frozen:
             parameter.requires_grad = False
@@ -174,11 +169,7 @@ def load_start(net: nn.Module, path: str) -> list[str]:
         FileNotFoundError: when there is no such file.
         ValueError: for a checkpoint of another detector.
     """
-    state = {
-        key.removeprefix("net."): value
-        for key, value in read_checkpoint(path).get("state_dict", {}).items()
-        if key.startswith("net.")
-    }
+    state = below("net.", read_checkpoint(path).get("state_dict", {}))
     own = net.state_dict()
     other = [key for key in own if key not in state or own[key].shape != state[key].shape]
     strange = [key for key in other if not any(part in key for part in _CLASS_LAYERS)]
@@ -187,57 +178,3 @@ def load_start(net: nn.Module, path: str) -> list[str]:
         raise ValueError(f"{path} is not a checkpoint of this detector and backbone: {lost} differs")
     net.load_state_dict({**own, **{key: value for key, value in state.items() if key not in other}})
     return other
-
-
-def _whole(name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | None) -> nn.Module:
-    """The classifier whose maps are the backbone's, with its weights."""
-    architecture = name.partition(".")[0]
-    _check(
-        ":" in name or timm.is_model(architecture), f"timm has no model {name!r}; visionsel models lists ours"
-    )
-    if checkpoint is not None and checkpoint.startswith("embedded:"):
-        return _embedded(name, arguments, checkpoint.removeprefix("embedded:"))
-    overlay: dict[str, Any] = {}
-    options = dict(arguments)
-    if checkpoint is not None:
-        state = read_checkpoint(checkpoint)
-        trained = state.get("hyper_parameters", {})
-        if "class_names" in trained:
-            classes = len(trained["class_names"])
-            net = {k.removeprefix("net."): v for k, v in state["state_dict"].items() if k.startswith("net.")}
-            overlay = {"state_dict": net, "num_classes": classes}
-            overlay |= {key: tuple(trained["preprocessing"][key]) for key in ("mean", "std")}
-            options["num_classes"] = classes
-        else:
-            overlay = {"state_dict": unwrap_state_dict(state)}
-    try:
-        return timm.create_model(
-            name,
-            pretrained=pretrained or checkpoint is not None,
-            pretrained_cfg_overlay=overlay,
-            **options,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        weights = f" and the weights of {checkpoint or 'the release'}" if checkpoint or pretrained else ""
-        raise ValueError(f"{name} with backbone_args {arguments}{weights}: {brief(error)}") from error
-
-
-def _embedded(name: str, arguments: dict[str, Any], which: str) -> nn.Module:
-    shipped = load_classifier(which)
-    config: Any = shipped.pretrained_cfg
-    overlay = {key: config[key] for key in ("mean", "std", "input_size")}
-    try:
-        whole = timm.create_model(
-            name, num_classes=shipped.num_classes, pretrained_cfg_overlay=overlay, **arguments
-        )
-        whole.load_state_dict(shipped.state_dict())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"embedded:{which} does not fit {name} with backbone_args {arguments}: {brief(error)}"
-        ) from error
-    return whole
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

@@ -14,6 +14,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from visionsel.data.shapes.masks import encode_rle
 from visionsel.files import whole_file
+from visionsel.processes import Processes
 from visionsel.viz import OKABE_ITO, draw_boxes, enlarge, overlay_masks
 
 __all__ = [
@@ -56,8 +57,7 @@ def gather(own: list[Any]) -> list[Any]:
     """The items of all devices, where there are several."""
     if not torch.distributed.is_initialized():
         return own
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
+    parts = Processes(count=torch.distributed.get_world_size()).gather(own)
     return [item for part in parts for item in part]
 
 

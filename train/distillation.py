@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from train.classifier_net import build_classifier
-from train.cli import read_checkpoint
 
 __all__ = ["Teacher", "build_teacher", "distillation_loss"]
 
@@ -81,20 +80,12 @@ def build_teacher(
         class_names: of the student.
         preprocessing: of the student; the teacher reads images of the same size.
         arguments: of the teacher's model.
-        checkpoint: a release, or a checkpoint of the classification program; None downloads the release.
+        checkpoint: its weights, see `read_backbone_weights`; None downloads the release.
 
     Raises:
         ValueError: naming what does not fit, such as a teacher of other classes.
     """
     own = {"input_size": preprocessing["input_size"]}
-    trained = read_checkpoint(checkpoint).get("hyper_parameters") if checkpoint else None
-    if trained is not None:
-        if trained["class_names"] != list(class_names):
-            raise ValueError(
-                f"{checkpoint} was trained on {len(trained['class_names'])} classes, "
-                f"{trained['class_names'][:3]} ..., not on those of the data"
-            )
-        own |= {key: trained["preprocessing"][key] for key in ("mean", "std")}
     net: Any = build_classifier(
         name, class_names, own, arguments, checkpoint is None, checkpoint, same_classes=True
     )

@@ -24,7 +24,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.cli import EndlessCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli
+from train.recipe import with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.shapes import CAPTION_PROMPT, Sample
 from visionsel.embedded import load_lvlm
@@ -170,6 +171,7 @@ class ExplainPruneCLI(EndlessCLI):
 
     monitor = "val/kept_relevance"
     program = "train.explainprune"
+    seeded = ("data.seed",)
     fixed = ("width", "depth", "kernel")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:

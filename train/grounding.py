@@ -24,8 +24,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from train.cli import EndlessCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli
 from train.grounding_data import Text, WordData
+from train.recipe import with_cosine
 from visionsel.data.shapes import CAPTION_PROMPT
 from visionsel.embedded import load_lvlm, load_segmenter
 from visionsel.embedded.mask_head import REFER_PROMPT, mask_ious, word_tokens
@@ -228,6 +229,7 @@ class MaskHeadCLI(EndlessCLI):
 
     monitor = "val/refer_iou"
     program = "train.grounding"
+    seeded = ("data.seed",)
     fixed = ("refine", "views", "row", "merge", "base", "stages", "convolutions", "groups", "min_side")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.cli import EndlessCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli
+from train.recipe import with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.shapes import Sample
 from visionsel.data.shapes.language import box_to_answer
@@ -262,6 +263,7 @@ class RoICLI(EndlessCLI):
 
     monitor = "val/iou"
     program = "train.grounding_roi"
+    seeded = ("data.seed",)
     fixed = ("start", "number")
     marks = ("foreground",)
 

@@ -24,7 +24,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.cli import EndlessCLI, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli
+from train.recipe import with_cosine
 from train.shapes_data import ShapesStreamData
 from visionsel.data.resumable import seed_generators
 from visionsel.data.shapes import Sample
@@ -254,7 +255,7 @@ class SentenceCLI(EndlessCLI):
     monitor = "val/iou"
     program = "train.grounding_sentence"
     fixed = ("backbone", "backbone_args", "out_indices", "sentences", "hidden")
-    seeded = ("data.seed", "model.seed")
+    first_weights = ("pretrained",)
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(SentenceTraining, AnswerMaskData, arguments)

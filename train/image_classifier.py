@@ -9,17 +9,17 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from train.classifier_net import build_classifier, check_name, near, shard
-from train.cli import WeightEMA
+from train.classifier_net import build_classifier, check_name, shard
 from train.distillation import Teacher, build_teacher, distillation_loss
 from train.image_data import IGNORED
+from train.recipe import average_of_weights, check, check_optimization, count_updates, peak_lr
 from visionsel.data.resumable import seed_generators
 
 __all__ = ["ImageClassifier"]
@@ -116,25 +116,19 @@ class ImageClassifier(LightningModule):
         class_names = list(class_names)
         self.save_hyperparameters()
         mixing = mixup > 0 or cutmix > 0
-        _check(lr > 0, f"lr must be above 0, got {lr}")
-        _check(
-            lr_batch_size is None or lr_batch_size > 0, f"lr_batch_size must be above 0, got {lr_batch_size}"
-        )
-        _check(ema_decay is None or 0 < ema_decay < 1, f"ema_decay must be between 0 and 1, got {ema_decay}")
-        _check(0 <= label_smoothing < 1, f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        _check(
+        check_optimization(self.hparams)
+        check(0 <= label_smoothing < 1, f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        check(
             not (mixing and batch_size % 2),
             f"mixup and cutmix pair the images of a batch: batch_size must be even, got {batch_size}",
         )
-        optimizers = [str(name) for name in list_optimizers()]
-        _check(optimizer in optimizers, f"unknown optimizer {optimizer!r}{near(optimizer, optimizers)}")
-        _check(not (pretrained and checkpoint), "give either pretrained or checkpoint, not both")
-        _check(
+        check(not (pretrained and checkpoint), "give either pretrained or checkpoint, not both")
+        check(
             0 <= distillation_weight <= 1,
             f"distillation_weight must be from 0 to 1, got {distillation_weight}",
         )
-        _check(temperature > 0, f"temperature must be above 0, got {temperature}")
-        _check(
+        check(temperature > 0, f"temperature must be above 0, got {temperature}")
+        check(
             teacher is not None or teacher_checkpoint is None,
             "teacher_checkpoint needs teacher, the timm name of its model",
         )
@@ -273,21 +267,18 @@ class ImageClassifier(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """The average of the weights, if wanted."""
-        decay = self.hparams["ema_decay"]
-        if decay and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self.hparams["ema_decay"] and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError("ema_decay averages whole models, FSDP2 shards them: train with one of them")
-        return [WeightEMA(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+        return average_of_weights(self)
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer and a schedule over the whole run that steps after every update."""
         trainer, hparams = self.trainer, self.hparams
-        updates = trainer.estimated_stepping_batches
-        if not math.isfinite(updates):
-            raise ValueError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        updates = count_updates(trainer)
         optimizer = create_optimizer_v2(
             self.net,
             hparams["optimizer"],
-            lr=self.peak_lr,
+            lr=peak_lr(self),
             weight_decay=hparams["weight_decay"],
             layer_decay=hparams["layer_decay"],
             **(hparams["optimizer_args"] or {}),
@@ -320,17 +311,3 @@ class ImageClassifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers are told the number of updates done."""
         scheduler.step_update(self.global_step)
-
-    @property
-    def peak_lr(self) -> float:
-        """`lr`, scaled to the batch of an update."""
-        reference = self.hparams["lr_batch_size"]
-        if reference is None:
-            return self.hparams["lr"]
-        batch = self.hparams["batch_size"] * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return self.hparams["lr"] * batch / reference
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

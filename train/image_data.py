@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
 
+from train.callbacks_bad_samples import ReplaceBadSamples, good_images, open_sample
 from train.resumable_data import ResumableData
 from visionsel.data import digits
 from visionsel.data.imagefolder import (
@@ -60,6 +63,9 @@ class ImageFolderData(ResumableData):
         mean, std: of the pixels; timm's for ImageNet by default.
         repeats: see `visionsel.data.resumable.EpochSampler`.
         verify: decode every image before anything starts.
+        on_bad: what an image that cannot be read does: "stop" ends the run with its name; "report" lists it
+            in `bad_samples.csv` and goes on without it, see `train.callbacks_bad_samples`. Shards only stop.
+        bad_samples: that file; the command line puts it into the run's folder.
         seed: fixes order and augmentation.
 
     Raises:
@@ -94,6 +100,8 @@ class ImageFolderData(ResumableData):
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         repeats: int = 1,
         verify: bool = False,
+        on_bad: Literal["stop", "report"] = "stop",
+        bad_samples: str = "bad_samples.csv",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -111,6 +119,10 @@ class ImageFolderData(ResumableData):
             raise ValueError(f"repeats {repeats} need dataset imagefolder: shards are read once an epoch")
         if dataset == "shards" and verify:
             raise ValueError("verify needs dataset imagefolder: shards are checked as they are read")
+        if dataset == "shards" and on_bad == "report":
+            raise ValueError(
+                "on_bad report needs dataset imagefolder: what is read in a row has no other image at hand"
+            )
         if (dataset == "shards") != (classes is not None):
             raise ValueError(
                 'shards, and only they, need classes: "imagenet-1k", or a text file with a name a line'
@@ -126,6 +138,9 @@ class ImageFolderData(ResumableData):
         self.num_workers = num_workers
         self.repeats = repeats
         self.verify = verify
+        self.on_bad = on_bad
+        self.bad_samples = Path(bad_samples)
+        self.measured: dict[str, Dataset[Any]] = {}
         self.seed = seed
         self.preprocessing: dict[str, Any] = {
             "input_size": (3, image_size, image_size),
@@ -176,12 +191,13 @@ class ImageFolderData(ResumableData):
         folders = [self.splits[name] for name in wanted]
         if not folders:
             return
-        found = check_image_folder(self.root, folders, self.verify)
+        found = check_image_folder(self.root, folders, self.verify and self.on_bad == "stop")
         if found != self.class_names:
             raise ValueError(f"{self.root / folders[0]} does not have the classes of {self.splits['train']}")
         if stage == "fit":
-            self.train_set = SeededDataset(self._read("train", self.train_transform), self.seed)
+            self.train_set = SeededDataset(self._trained(), self.seed)
             self._check_size("train", len(self.train_set))
+        self.measured = {name: self._measured(name) for name in wanted if name != "train"}
 
     @staticmethod
     def _wanted(stage: str) -> tuple[str, ...]:
@@ -224,18 +240,40 @@ class ImageFolderData(ResumableData):
         """Images of `predict_folder` with their position in `predict_files`."""
         return self._in_order(_Files(self.predict_files, self.transform))
 
-    @property
+    @cached_property
     def predict_files(self) -> list[Path]:
-        """The images of the predict verb, in order."""
+        """The images of the predict verb, in order; with `on_bad` "report" those that can be read."""
+        files = list_images(self._predict_folder())
+        return files if self.on_bad == "stop" else [files[i] for i in good_images(files, self.bad_samples)]
+
+    def _predict_folder(self) -> str | Path:
         if self.predict_folder is not None:
-            return list_images(self.predict_folder)
+            return self.predict_folder
         if self.dataset == "shards":
             raise ValueError("shards have no files to name: give --data.predict_folder")
         test = self.root / self.splits["test"]
-        return list_images(test if test.is_dir() else self.root / self.splits["val"])
+        return test if test.is_dir() else self.root / self.splits["val"]
 
-    def _read(self, split: str, transform: Callable[..., Tensor]) -> Dataset[Any]:
-        return read_image_folder(self.root / self.splits[split], transform)
+    def _trained(self) -> Dataset[Any]:
+        """Images to train on; with `on_bad` "report" the next good one stands for one that is bad."""
+        dataset = self._read("train", self.train_transform)
+        if self.on_bad == "stop":
+            return dataset
+        if self.verify:  # lists them before anything starts
+            good_images([path for path, _ in dataset.samples], self.bad_samples)
+        return ReplaceBadSamples(dataset, self.bad_samples)
+
+    def _measured(self, split: str) -> Dataset[Any]:
+        """Images to measure on; with `on_bad` "report" those that can be read."""
+        dataset = self._read(split, self.transform)
+        if self.on_bad == "stop":
+            return dataset
+        return Subset(dataset, good_images([path for path, _ in dataset.samples], self.bad_samples))
+
+    def _read(self, split: str, transform: Callable[..., Tensor]) -> ImageFolder:
+        folder = read_image_folder(self.root / self.splits[split], transform)
+        folder.loader = open_sample  # the same, with an error that `on_bad` knows
+        return folder
 
     def _evaluation_loader(self, split: str) -> Any:
         world_size, rank = self.devices()
@@ -251,7 +289,7 @@ class ImageFolderData(ResumableData):
                 padding=padding,
             )
             return self._shard_loader(stream)
-        dataset = self._read(split, self.transform)
+        dataset = self.measured.get(split) or self._measured(split)
         if world_size == 1:
             return self._in_order(dataset)
         return self._in_order(Filled(dataset, _ignored), EvenSampler(dataset, world_size, rank))

@@ -383,6 +383,9 @@ class LVLMCLI(RunCLI):
     """The command line: fixed classes; model and data share the curriculum and the sizes."""
 
     monitor = "val/answers"
+    program = "train.lvlm"
+    fixed = ("image_size", "patch_size", "architecture")
+    marks = ("vocabulary",)
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(LVLM, LVLMData, arguments)
@@ -393,8 +396,6 @@ class LVLMCLI(RunCLI):
         for name in ("image_size", "patch_size", "stages"):
             parser.link_arguments(f"data.{name}", f"model.{name}")
         parser.link_arguments("data.words", "model.vocabulary", apply_on="instantiate")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
 
     def after_fit(self) -> None:
         """Write the model."""

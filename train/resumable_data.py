@@ -1,11 +1,13 @@
 """Data modules whose training goes on inside an epoch: what those of all programs share."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
+from train.callbacks_bad_samples import read_bad_samples
 from visionsel.data.resumable import EpochSampler, ResumableLoader
 
 __all__ = ["ResumableData"]
@@ -21,11 +23,15 @@ class ResumableData(LightningDataModule):
         batch_size: on each device.
         num_workers: processes that make samples on each device; 0 makes them in the main process.
         seed: of the order of the samples.
+        on_bad: what a file that cannot be used does: "stop" ends the run, "report" lists it in `bad_samples`.
+        bad_samples: that file, see `train.callbacks_bad_samples`.
     """
 
     batch_size: int
     num_workers: int
     seed: int
+    on_bad: Literal["stop", "report"] = "stop"
+    bad_samples: Path = Path("bad_samples.csv")
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +86,13 @@ class ResumableData(LightningDataModule):
         self.resume = dict(state_dict)
         if self.train_loader is not None:  # strategies that shard restore when there is one already
             self._go_on()
+
+    def teardown(self, stage: str) -> None:
+        """Say how many samples could not be used and where they are listed, on one device."""
+        if self.on_bad == "stop" or self.trainer is None or not self.trainer.is_global_zero:
+            return
+        if bad := read_bad_samples(self.bad_samples):
+            print(f"{len(bad)} bad sample{'s' if len(bad) > 1 else ''} in {self.bad_samples}")
 
     def loading(self) -> dict[str, Any]:
         """Arguments of every loader, by name: Lightning makes some loaders again from them."""

@@ -13,7 +13,6 @@
 - a resumed run equals one that was never stopped.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +21,17 @@ from typing import Any, Literal
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
-from torch.optim.lr_scheduler import LambdaLR
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from train.callbacks_bad_samples import read_bad_samples
-from train.cli import RunCLI, WeightEMA, run_cli
+from train.cli import RunCLI, run_cli
+from train.recipe import average_of_weights, check, check_optimization, count_updates, with_rate
 from train.segmentation_data import SegmentationData
 from train.segmentation_metrics import mean_measures, write_class_table
-from train.segmentation_net import SegmentationNet, load_encoder, slide
+from train.segmentation_net import SegmentationNet, load_encoder, resized, slide
 from train.segmentation_pictures import WritePredictions
 from train.segmentation_transforms import IGNORED
 from visionsel.data.resumable import seed_generators
@@ -108,9 +106,8 @@ class SemanticSegmentation(LightningModule):
         self.save_hyperparameters()
         self.window = preprocessing["input_size"][1] if window is None else window
         self.stride = max(1, self.window * 2 // 3) if stride is None else stride
-        optimizers = [str(name) for name in list_optimizers()]
+        check_optimization(self.hparams)
         for holds, message in (
-            (lr > 0, f"lr must be above 0, got {lr}"),
             (0 <= min_lr < lr, f"min_lr must be from 0 to below lr {lr}, got {min_lr}"),
             (power > 0, f"power must be above 0, got {power}"),
             (warmup_steps >= 0, f"warmup_steps must be at least 0, got {warmup_steps}"),
@@ -118,16 +115,10 @@ class SemanticSegmentation(LightningModule):
             (auxiliary_weight >= 0, f"auxiliary_weight must be at least 0, got {auxiliary_weight}"),
             (auxiliary_channels > 0, f"auxiliary_channels must be above 0, got {auxiliary_channels}"),
             (layer_decay is None or 0 < layer_decay <= 1, f"layer_decay is from 0 to 1, got {layer_decay}"),
-            (ema_decay is None or 0 < ema_decay < 1, f"ema_decay is between 0 and 1, got {ema_decay}"),
             (0 < self.stride <= self.window, f"stride {self.stride} must be from 1 to window {self.window}"),
-            (
-                optimizer in optimizers,
-                f"unknown optimizer {optimizer!r}; timm.optim.list_optimizers() has all",
-            ),
             (not (pretrained and checkpoint), "give either pretrained or checkpoint, not both"),
         ):
-            if not holds:
-                raise ValueError(message)
+            check(holds, message)
         classes = len(class_names)
         channels = auxiliary_channels if auxiliary_weight else 0
         self.net = SegmentationNet(decoder, model, classes, model_args or {}, decoder_args or {}, channels)
@@ -192,7 +183,7 @@ class SemanticSegmentation(LightningModule):
         return self._count("test", *batch)
 
     def _count(self, stage: str, images: Tensor, labels: Tensor) -> Tensor:
-        logits = self.at_size(self(images), labels.shape[-2:])
+        logits = resized(self(images), labels.shape[-2:])
         found = logits.argmax(1)
         counter, losses = self._counters(stage)
         counter.update(found, labels.long())
@@ -204,13 +195,6 @@ class SemanticSegmentation(LightningModule):
 
     def _counters(self, stage: str) -> tuple[Any, Any]:
         return self.confusion[f"{stage}_pixels"], self.losses[f"{stage}_loss"]
-
-    @staticmethod
-    def at_size(logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Logits at the size of a file, where its pixels are decided."""
-        if logits.shape[-2:] == tuple(size):
-            return logits
-        return interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
     def on_validation_epoch_end(self) -> None:
         self._measure("val")
@@ -231,23 +215,17 @@ class SemanticSegmentation(LightningModule):
         """Position of each image in the list of files, and its labels at the size of the file."""
         images, positions, sizes = batch
         found = [
-            self.at_size(logits[None], size).argmax(1)[0]
+            resized(logits[None], size).argmax(1)[0]
             for logits, size in zip(self(images), sizes.tolist(), strict=True)
         ]
         return list(zip(positions.tolist(), found, strict=True))
 
-    def configure_callbacks(self) -> list[Any]:
-        """The average of the weights, if wanted."""
-        decay = self.hparams["ema_decay"]
-        return [WeightEMA(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+    configure_callbacks = average_of_weights
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer, rates by layer, and a schedule over the whole run."""
-        hparams, updates = self.hparams, self.trainer.estimated_stepping_batches
-        if not math.isfinite(updates):
-            raise ValueError("the schedule needs an end: set trainer.max_steps or trainer.max_epochs")
-        if hparams["warmup_steps"] >= updates:
-            raise ValueError(f"warmup_steps {hparams['warmup_steps']} leave none of the {updates} updates")
+        hparams = self.hparams
+        updates = count_updates(self.trainer, hparams["warmup_steps"])
         optimizer = create_optimizer_v2(
             self.net,
             hparams["optimizer"],
@@ -262,15 +240,14 @@ class SemanticSegmentation(LightningModule):
         def rate(step: int) -> float:
             return poly_rate(
                 step,
-                int(updates),
+                updates,
                 hparams["power"],
                 hparams["min_lr"] / hparams["lr"],
                 hparams["warmup_steps"],
                 hparams["warmup_ratio"],
             )
 
-        schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return with_rate(optimizer, rate)
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -298,12 +275,14 @@ class SegmentationCLI(RunCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/miou"
+    fixed = ("model", "model_args", "decoder", "decoder_args", "class_names")
+    first_weights = ("checkpoint", "pretrained")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(SemanticSegmentation, SegmentationData, arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What the model takes from the data and the seed, and where bad samples are listed."""
+        """What the model takes from the data, and whether predictions are drawn."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--pictures",
@@ -313,33 +292,6 @@ class SegmentationCLI(RunCLI):
         )
         for name in ("class_names", "preprocessing"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-        for target in ("data.seed", "model.seed"):
-            parser.link_arguments("seed_everything", target)
-        parser.link_arguments("output", "data.bad_samples", compute_fn=bad_samples_file)
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another network."""
-        if not self.resumed:
-            if self.subcommand != "fit":
-                raise ValueError(f"{self.subcommand} needs weights: give --ckpt_path")
-            return
-        path = self._get(self.config, "ckpt_path")
-        saved = self.checkpoint.pop("hyper_parameters", None)
-        if saved is None or "decoder" not in saved or "state_dict" not in self.checkpoint:
-            raise ValueError(
-                f"{path} is not a checkpoint of this program; to start the encoder from it, give it as "
-                "--model.checkpoint"
-            )
-        for name in ("model", "model_args", "decoder", "decoder_args", "class_names"):
-            if saved[name] != self.model.hparams[name]:
-                raise ValueError(
-                    f"{path} was trained with {name} {saved[name]}, not {self.model.hparams[name]}"
-                )
-        del self.checkpoint
-
-    def after_fit(self) -> None:
-        """Say where the bad samples are listed."""
-        self._say_bad_samples()
 
     def evaluate(self, verb: str, **kwargs: Any) -> Any:
         """Run a verb that does not train; validate and test write `OUTPUT/classes_VERB.csv`."""
@@ -348,13 +300,10 @@ class SegmentationCLI(RunCLI):
         if verb != "predict" and counted is not None and self.trainer.is_global_zero:
             table = self.output / f"classes_{verb}.csv"
             print(f"classes in {write_class_table(table, self.model.hparams['class_names'], counted)}")
-        self._say_bad_samples()
         return results
 
     def predict(self, **kwargs: Any) -> None:
         """Write a label map for each image, each under its name when complete."""
-        if self.trainer.world_size > 1:
-            raise ValueError("predict runs on one device: set --trainer.devices 1")
         writer = WritePredictions(
             Path(self._get(self.config, "predictions") or self.output / "predictions"),
             self.model.hparams["class_names"],
@@ -364,16 +313,6 @@ class SegmentationCLI(RunCLI):
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.evaluate("predict", return_predictions=False, **kwargs)
         print(f"{writer.written} label maps in {writer.folder}")
-
-    def _say_bad_samples(self) -> None:
-        path = self.datamodule.bad_samples
-        if self.trainer.is_global_zero and (bad := read_bad_samples(path)):
-            print(f"{len(bad)} bad samples in {path}")
-
-
-def bad_samples_file(output: str) -> str:
-    """Where the bad samples of a run are listed."""
-    return str(Path(output) / "bad_samples.csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,9 +4,8 @@ What is added to them: images of any size, weights of released classifiers and o
 `train.classification`, mmsegmentation's auxiliary head, layer-wise learning rates, sliding windows.
 """
 
-import fnmatch
 import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -16,14 +15,12 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-import visionsel  # noqa: F401  (registers the models with timm)
-from train.cli import brief, read_checkpoint
-from visionsel.models.pyramid import unwrap_state_dict
+from train.backbone_weights import ENCODER, build_backbone, counterparts, read_backbone_weights, undecayed
+from train.cli import brief
 
-__all__ = ["DECODERS", "SegmentationNet", "load_encoder", "slide"]
+__all__ = ["DECODERS", "SegmentationNet", "load_encoder", "resized", "slide"]
 
 DECODERS = sorted(set(smp.MODEL_ARCHITECTURES_MAPPING) - {"dpt"})  # dpt is for plain transformers
-PREFIX = "smp.encoder.model."
 
 
 class SegmentationNet(nn.Module):
@@ -102,21 +99,17 @@ class SegmentationNet(nn.Module):
         maps = self.smp.encoder(images)
         auxiliary = None
         if self.training and self.auxiliary is not None:
-            auxiliary = _resized(self.auxiliary(maps[-2]), images.shape[-2:])[..., :height, :width]
+            auxiliary = resized(self.auxiliary(maps[-2]), images.shape[-2:])[..., :height, :width]
         logits = self.smp.segmentation_head(self.smp.decoder(maps))
-        return _resized(logits, images.shape[-2:])[..., :height, :width], auxiliary
+        return resized(logits, images.shape[-2:])[..., :height, :width], auxiliary
 
     def _order(self, whole: Any) -> None:
         """Remember the depth of each parameter of the encoder, and which take no weight decay."""
         depths = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
-        kept = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else set()
-        names = {name: timm_name(name, depths) for name, _ in self.smp.encoder.model.named_parameters()}
-        self._depth = {PREFIX + name: depths[old] for name, old in names.items()}
-        self._undecayed = {
-            PREFIX + name
-            for name, old in names.items()
-            if any(fnmatch.fnmatch(old, pattern) for pattern in kept)
-        }
+        names = counterparts((name for name, _ in self.smp.encoder.model.named_parameters()), depths)
+        kept = undecayed(whole)
+        self._depth = {ENCODER + name: depths[old] for name, old in names.items()}
+        self._undecayed = {ENCODER + name for name, old in names.items() if old in kept}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, beside biases and norms: what the backbone names."""
@@ -127,10 +120,11 @@ class SegmentationNet(nn.Module):
         return lambda name: (float(self._depth.get(name, math.inf)),)
 
 
-def _resized(logits: Tensor, size: Any) -> Tensor:
-    if logits.shape[-2:] == size:
+def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits `[B, classes, H, W]` at another size."""
+    if logits.shape[-2:] == tuple(size):
         return logits
-    return interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _on_meta(name: str, **arguments: Any) -> Any:
@@ -140,19 +134,6 @@ def _on_meta(name: str, **arguments: Any) -> Any:
             return timm.create_model(name, **arguments)
     except (NotImplementedError, RuntimeError):
         return timm.create_model(name, **arguments)
-
-
-def timm_name(name: str, known: Any) -> str:
-    """The name in the whole timm model of an entry of its `features_only` form.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    flattened = re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", name)
-    for candidate in (name, flattened, name.removeprefix("model."), name.removeprefix("body.")):
-        if candidate in known:
-            return candidate
-    raise ValueError(f"the backbone has no {name}; its weights cannot be named")
 
 
 def load_encoder(
@@ -166,47 +147,28 @@ def load_encoder(
         arguments: of the timm model. The depthwise kernels of a FocalNet with larger `focal_windows` than its
             release get zeros around the released ones, as the authors do.
         pretrained: download the release that the name means.
-        checkpoint: a release's file, weights in the safetensors of a timm model, a checkpoint of
-            `train.classification`, or one of `train.segmentation`, of which the encoder is taken.
+        checkpoint: a file, or a classifier of the package; see `read_backbone_weights`.
 
     Raises:
         ValueError: when the weights do not fit; nothing is loaded in part.
     """
     whole_args = {key: value for key, value in arguments.items() if key != "focal_windows"}
-    source = f"the weights of {checkpoint or 'the release'}"
+    weights = None if checkpoint is None else read_backbone_weights(checkpoint, encoder)
+    body = net.smp.encoder.model
     try:
-        state = None if checkpoint is None else read_checkpoint(checkpoint)
-        if state is not None and "decoder" in state.get("hyper_parameters", ()):
-            held = "net." + PREFIX
-            found = {k.removeprefix(held): v for k, v in state["state_dict"].items() if k.startswith(held)}
+        if weights is not None and weights.features_only:
+            entries = weights.entries
         else:
-            overlay = {} if state is None else _overlay(state, encoder)
-            classes = {"num_classes": overlay["num_classes"]} if overlay else {}
-            whole = timm.create_model(
-                encoder, pretrained=True, pretrained_cfg_overlay=overlay, **classes, **whole_args
-            )
-            entries = whole.state_dict()
-            wanted = net.smp.encoder.model.state_dict()
-            found = {name: _grown(name, entries[timm_name(name, entries)], wanted[name]) for name in wanted}
-        net.smp.encoder.model.load_state_dict(found)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if checkpoint is not None and str(error).startswith(checkpoint):
-            raise
-        raise ValueError(f"{encoder} with model_args {arguments} and {source}: {brief(error)}") from error
-
-
-def _overlay(state: dict[str, Any], encoder: str) -> dict[str, Any]:
-    """What timm needs to load a file strictly: its entries and its number of classes."""
-    trained = state.get("hyper_parameters")
-    if trained is not None and "class_names" in trained:  # of train.classification and its kin
-        held = {k.removeprefix("net."): v for k, v in state["state_dict"].items() if k.startswith("net.")}
-        entries = {key: value for key, value in held.items() if not key.startswith("auxiliary.")}
-        return {"state_dict": entries, "num_classes": len(trained["class_names"])}
-    entries = unwrap_state_dict(state)
-    config = timm.get_pretrained_cfg(encoder, allow_unregistered=True)
-    names = [getattr(config, "classifier", None) or "head", "head", "head.fc", "fc"]
-    rows = [len(entries[f"{name}.weight"]) for name in names if f"{name}.weight" in entries]
-    return {"state_dict": entries, "num_classes": rows[0] if rows else 0}
+            whole = build_backbone(encoder, whole_args, weights, pretrained).state_dict()
+            wanted = body.state_dict()
+            names = counterparts(wanted, whole)
+            entries = {name: _grown(name, whole[old], wanted[name]) for name, old in names.items()}
+        body.load_state_dict(entries)
+    except RuntimeError as error:
+        source = checkpoint or "the release"
+        raise ValueError(
+            f"{encoder} with model_args {arguments} and the weights of {source}: {brief(error)}"
+        ) from error
 
 
 def _grown(name: str, weight: Tensor, wanted: Tensor) -> Tensor:

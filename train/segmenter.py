@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
 
-from train.cli import EndlessCLI, WeightEMA, run_cli, with_cosine
+from train.cli import EndlessCLI, run_cli
+from train.recipe import average_of_weights, check, check_optimization, with_cosine
 from train.shapes_data import VALIDATION_SEED, ShapesStreamData
 from visionsel.boxes import mask_boxes
 from visionsel.data.resumable import seed_generators
@@ -65,7 +66,7 @@ class PromptData(ShapesStreamData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        _check(prompts_per_image >= 1, f"prompts_per_image must be at least 1, got {prompts_per_image}")
+        check(prompts_per_image >= 1, f"prompts_per_image must be at least 1, got {prompts_per_image}")
         self.prompts_per_image = prompts_per_image
         super().__init__(
             batch_size, epoch_size, val_size, image_size, train_share, max_objects, num_workers, seed
@@ -140,7 +141,7 @@ class SegmenterTraining(LightningModule):
             ("refine_share", refine_share),
             ("mask_share", mask_share),
         ):
-            _check(0 <= share <= 1, f"{name} must be from 0 to 1, got {share}")
+            check(0 <= share <= 1, f"{name} must be from 0 to 1, got {share}")
         for name, value in (
             ("box_jitter", box_jitter),
             ("refinements", refinements),
@@ -151,12 +152,9 @@ class SegmenterTraining(LightningModule):
             ("weight_decay", weight_decay),
             ("warmup_steps", warmup_steps),
         ):
-            _check(value >= 0, f"{name} must be at least 0, got {value}")
-        _check(lr > 0, f"lr must be above 0, got {lr}")
-        _check(ema_decay is None or 0 < ema_decay < 1, f"ema_decay must be between 0 and 1, got {ema_decay}")
-        _check(optimizer in map(str, list_optimizers()), f"timm has no optimizer {optimizer!r}")
+            check(value >= 0, f"{name} must be at least 0, got {value}")
         sizes = {"image_size": image_size, **(sam or {})}
-        _check(
+        check(
             sizes["image_size"] == image_size,
             f"sam.image_size {sizes['image_size']} is not that of the data, {image_size}; leave it out",
         )
@@ -164,6 +162,7 @@ class SegmenterTraining(LightningModule):
         sam = asdict(SamConfig(**sizes))
         sam["global_layers"] = list(sam["global_layers"])
         self.save_hyperparameters()
+        check_optimization(self.hparams)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_generators(self.hparams["seed"], self.global_rank, self.current_epoch, batch_idx)
@@ -256,10 +255,7 @@ class SegmenterTraining(LightningModule):
                 sync_dist=True,
             )
 
-    def configure_callbacks(self) -> list[Any]:
-        """The average of the weights, if wanted."""
-        decay = self.hparams["ema_decay"]
-        return [WeightEMA(decay=decay)] if decay and self.trainer.state.fn == "fit" else []
+    configure_callbacks = average_of_weights
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer, and a cosine over the whole run that steps after every update."""
@@ -285,18 +281,12 @@ def _jitter(boxes: Tensor, deviation: float, size: Sequence[int]) -> Tensor:
     return moved.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 class SegmenterCLI(EndlessCLI):
     """The command line: fixed classes, so that a configuration names no class of ours."""
 
     monitor = "val/point_iou"
     program = "train.segmenter"
     fixed = ("sam",)
-    seeded = ("data.seed", "model.seed")
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         super().__init__(SegmenterTraining, PromptData, arguments)

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, one_hot
 
 from train.classification import ClassificationCLI, ImageClassifier
-from train.cli import RunCLI, brief, read_checkpoint, run_cli
+from train.cli import EndlessCLI, RunCLI, below, brief, read_checkpoint, run_cli
+from train.recipe import check
 from train.shapes_data import ShapesStreamData, training_seed
 from visionsel.data.shapes import SHAPES, Sample, ShapesWorld
 from visionsel.embedded.classifier import save_classifier
@@ -83,10 +84,8 @@ class SingleShapesData(ShapesStreamData):
             num_workers=num_workers,
             seed=seed,
         )
-        if not 0 <= dense_share < 1:
-            raise ValueError(f"dense_share must be at least 0 and below 1, got {dense_share}")
-        if min(std) <= 0:
-            raise ValueError(f"std must be above 0, got {std}")
+        check(0 <= dense_share < 1, f"dense_share must be at least 0 and below 1, got {dense_share}")
+        check(min(std) > 0, f"std must be above 0, got {std}")
         self.preprocessing: dict[str, Any] = {
             "input_size": (3, image_size, image_size),
             "interpolation": "bicubic",
@@ -279,25 +278,19 @@ def export_classifier(checkpoint: str | Path, folder: str | Path) -> Path:
         **arguments,
     )
     state = {
-        key.removeprefix("net."): value
-        for key, value in content["state_dict"].items()
-        if key.startswith("net.") and not key.startswith("net.auxiliary.")
+        key: value
+        for key, value in below("net.", content["state_dict"]).items()
+        if not key.startswith("auxiliary.")
     }
     model.load_state_dict(state)
     return save_classifier(model, folder, trained["model"], arguments, trained["class_names"])
 
 
-class ShapesClassifierCLI(ClassificationCLI):
-    """The command line."""
+class ShapesClassifierCLI(EndlessCLI, ClassificationCLI):
+    """The command line; there is no end of images, so that a test would be a validation."""
 
     def __init__(self, arguments: Sequence[str] | None = None) -> None:
         RunCLI.__init__(self, ShapesClassifier, SingleShapesData, arguments)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """There is no end of images: a test is a validation."""
-        verbs = ClassificationCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate")}
 
     def after_fit(self) -> None:
         """Write the last checkpoint as `load_classifier` reads it, where the run has our checkpoints."""

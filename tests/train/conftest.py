@@ -1,5 +1,9 @@
+import json
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,16 @@ SMALL = {
 }
 """A BiFormer of 100 thousand parameters, with stochastic depth."""
 
+TRAINER = {
+    "max_epochs": 2,
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}
+"""Lightning's arguments of a run of seconds."""
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(_one_seed_and_the_workers_share_of_threads: None) -> None:
@@ -34,6 +48,80 @@ def clean_processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.classification"])
     return context
+
+
+def run_in_two(program: Callable[[list[str]], int], lines: list[list[str]], folder: Path) -> None:
+    """Give command lines, one after the other, to two processes that share each, as torchrun starts them.
+
+    Args:
+        program: takes a line and returns its exit status; by its name in a module.
+        lines: that must succeed.
+        folder: for what the processes say.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = clean_processes()
+    arguments = [(rank, port, program, lines, folder) for rank in range(2)]
+    processes = [context.Process(target=_one_of_two, args=given) for given in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    statuses = [json.loads(path.read_text()) for path in sorted(folder.glob("statuses*.json"))]
+    said = [path.read_text() for path in sorted(folder.glob("said*.txt"))]
+    assert statuses == [[0] * len(lines)] * 2, said
+
+
+def _one_of_two(
+    rank: int, port: int, program: Callable[[list[str]], int], lines: list[list[str]], folder: Path
+) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    torch.set_num_threads(1)
+    with (folder / f"said{rank}.txt").open("w") as said, redirect_stderr(said):
+        statuses = [program(line) for line in lines]
+    (folder / f"statuses{rank}.json").write_text(json.dumps(statuses))
+
+
+def record_losses(monkeypatch: pytest.MonkeyPatch, kind: type) -> dict[tuple[int, int], float]:
+    """Loss of every batch (epoch, index) that modules of a class train on; empty it before a run."""
+    seen: dict[tuple[int, int], float] = {}
+    step: Any = kind.training_step  # type: ignore[attr-defined]
+
+    def recorded(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        assert (self.current_epoch, batch_idx) not in seen
+        seen[self.current_epoch, batch_idx] = loss.item()
+        return loss
+
+    monkeypatch.setattr(kind, "training_step", recorded)
+    return seen
+
+
+def merged(config: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with others merged into its parts."""
+    config = dict(config)
+    for part, values in parts.items():
+        config[part] = {**config.get(part, {}), **values} if isinstance(values, dict) else values
+    return config
+
+
+def run_writer(folder: Path, **common: Any) -> Callable[..., Path]:
+    """A function that writes `FOLDER/NAME.yaml`, the configuration of a short run into `FOLDER/NAME`.
+
+    Its keyword arguments are merged into the parts of the configuration, as those of this one are.
+    """
+
+    def write(name: str = "run", **parts: Any) -> Path:
+        config = merged({"output": str(folder / name), "trainer": TRAINER}, common)
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(merged(config, parts)))
+        return path
+
+    return write
 
 
 def make_image_folder(root: Path) -> Path:
@@ -53,20 +141,11 @@ def make_config(path: Path, images: Path, **parts: Any) -> Path:
     """Write a configuration over an image folder; keyword arguments are merged into its parts."""
     config: dict[str, Any] = {
         "output": str(path.parent / "run"),
-        "trainer": {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
         "model": {**SMALL, "lr": 1e-3},
         "data": {"root": str(images), "image_size": 32, "batch_size": 4},
     }
-    for part, values in parts.items():
-        config[part] = {**config[part], **values} if isinstance(values, dict) else values
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(merged(config, parts)))
     return path
 
 

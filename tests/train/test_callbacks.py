@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.train.conftest import make_config as make_classification
-from tests.train.conftest import make_image_folder
+from tests.train.conftest import make_image_folder, record_losses
 from tests.train.test_segmentation import make_config as make_segmentation
 from tests.train.test_segmentation_data import make_ade20k
 from train import classification, segmentation
@@ -24,6 +24,7 @@ from train.callbacks_maps import attention, feature_colors, modulation, routed_b
 from visionsel.layers.bilevel_routing_attention import BilevelRoutingAttention
 from visionsel.layers.focal_modulation import FocalModulation
 from visionsel.layers.neighborhood_attention import NeighborhoodAttention
+from visionsel.models.acceleration import accelerate
 from visionsel.ops import bilevel_routing_attention
 
 PICTURES = "train.callbacks.FeaturePictures"
@@ -84,27 +85,28 @@ def test_routed_attention_is_that_of_the_operator_and_stays_in_the_routed_window
         assert (weights[sample][~drawn] == 0).all()
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_modulators_are_those_that_the_layer_applies(own) -> None:
-    if own:
-        layer: Any = FocalModulation(6, focal_level=2, normalize_modulator=True)
-        x = torch.randn(2, 8, 9, 6)
-        query = layer.f(x)[..., :6]
-    else:
+@pytest.mark.parametrize("kind", ["ours", "timm's", "timm's, accelerated"])
+def test_modulators_and_gates_are_those_that_the_layer_answers_with(kind) -> None:
+    x = torch.randn(2, 8, 9, 6, dtype=torch.float64)
+    layer: Any = FocalModulation(6, focal_level=2, normalize_modulator=True)
+    if kind != "ours":
         layer = timm.models.focalnet.FocalModulation(6, focal_window=3, focal_level=2)
-        x = torch.randn(2, 6, 8, 9)
-        query = layer.f(x)[:, :6].movedim(1, -1)
-    modulators: list[torch.Tensor] = []
-    handle = layer.h.register_forward_hook(lambda module, inputs, output: modulators.append(output))
-    out = layer(x)
-    handle.remove()
+        x = x.movedim(-1, 1)
+    if "accelerated" in kind:
+        layer = accelerate(layer)
+    layer = layer.double().requires_grad_(False)
+    # the answer is then query times modulator
+    layer.proj.weight.copy_(torch.eye(6, dtype=torch.float64).view_as(layer.proj.weight))
+    layer.proj.bias.zero_()
+    projected, out = layer.f(x), layer(x)
+    if kind != "ours":
+        projected, out = projected.movedim(1, -1), out.movedim(1, -1)
     found, gates = modulation(layer, x)
-    torch.testing.assert_close(found, modulators[0].norm(dim=1))
+    torch.testing.assert_close(found, (out / projected[..., :6]).norm(dim=-1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gates, projected[..., 12:].movedim(-1, 1))
     assert gates.shape == (2, 3, 8, 9)
-    torch.testing.assert_close(gates, layer.f(x).movedim(-1 if own else 1, 1)[:, -3:])
-    applied = query * modulators[0].movedim(1, -1)
-    expected = layer.proj(applied if own else applied.movedim(-1, 1))
-    torch.testing.assert_close(out, expected)
+    assert torch.equal(layer(x), out if kind == "ours" else out.movedim(-1, 1))
+    assert not any(module._forward_hooks for module in layer.modules())
 
 
 def test_feature_colours_are_principal_components_and_always_the_same() -> None:
@@ -150,18 +152,10 @@ def test_images_look_as_they_were_and_sheets_hold_their_panels() -> None:
 
 def run_losses(monkeypatch: pytest.MonkeyPatch, program: Any, kind: type, config: Path) -> list[float]:
     """The loss of each batch of a run."""
-    seen: list[float] = []
-    step = kind.training_step  # type: ignore[attr-defined]
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        seen.append(loss.item())
-        return loss
-
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "training_step", recorded)
+        seen = record_losses(patch, kind)
         assert program.main(["fit", "--config", str(config)]) == 0
-    return seen
+    return list(seen.values())
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -13,6 +13,7 @@ from tests.train.conftest import SMALL
 from train.classification import ClassificationCLI, ImageClassifier, main
 from train.classifier_net import build_classifier
 from train.image_data import ImageFolderData, read_class_names
+from train.recipe import peak_lr
 
 
 def fit(config: Path, *options: str) -> ClassificationCLI:
@@ -127,7 +128,7 @@ def test_the_schedule_warms_up_falls_as_a_cosine_and_cools_down_after_every_upda
         model={**model, "optimizer": "sgd"}, trainer={"max_epochs": 6, "accumulate_grad_batches": 2}
     )
     cli = fit(config)
-    assert cli.model.peak_lr == pytest.approx(0.1 * 8 / 16)
+    assert peak_lr(cli.model) == pytest.approx(0.1 * 8 / 16)
     # 3 updates an epoch, two batches each: logged before the update that uses it
     rates = rows(tmp_path / "run", "lr")
     peak, total = 0.05, 15

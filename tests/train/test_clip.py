@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tests.train.conftest import TRAINER, merged
 from train.clip import ClipCLI, ClipTraining, export_clip, main, phrase_loss
 from train.clip_data import ClipData, truth_of_phrases
 from visionsel.data.shapes import ShapesWorld
@@ -22,20 +23,11 @@ def write(path: Path, **parts: Any) -> Path:
     """A configuration of two epochs of two batches; keyword arguments are merged into its parts."""
     config: dict[str, Any] = {
         "output": str(path.parent / "run"),
-        "trainer": {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
         "model": {"ema_decay": 0.8},
         "data": {"batch_size": 8, "epoch_size": 16, "val_size": 8},
     }
-    for part, values in parts.items():
-        config[part] = {**config[part], **values} if isinstance(values, dict) else values
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(merged(config, parts)))
     return path
 
 

@@ -350,10 +350,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_images(coco, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "nat_huge"}, "timm has no model 'nat_huge'"),
+        ({"backbone": "nat_huge"}, "unknown model 'nat_huge'; near it are"),
         ({"backbone_args": {"depth": 3}}, "depth"),
         ({"backbone": "vit_tiny_patch16_224", "backbone_args": {}}, "is no backbone for images of any size"),
-        ({"checkpoint": "embedded:nat"}, "does not fit"),
+        ({"checkpoint": "embedded:nat"}, "and the weights of embedded:nat: "),
         ({"checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
         ({"pretrained": True, "checkpoint": "x.pth"}, "not both"),
         ({"least_stride": 64}, "none from 64 on"),
@@ -364,7 +364,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_images(coco, tmp_path, 
         ({"lr": 0.0}, "lr must be above 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"layer_decay": 0.0}, "layer_decay"),
-        ({"optimizer": "sdg"}, "timm has no optimizer 'sdg'"),
+        ({"optimizer": "sdg"}, "unknown optimizer 'sdg'"),
     ],
 )
 def test_arguments_are_checked(arguments, message) -> None:

@@ -1,9 +1,5 @@
 """Two processes train and measure as one with the batch of both: DDP, and FSDP2 as Lightning offers it."""
 
-import json
-import os
-import socket
-from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.layers import SyncBatchNormAct
 from torch import nn
 
-from tests.train.conftest import clean_processes, make_config, make_image_folder
+from tests.train.conftest import make_config, make_image_folder, run_in_two
 from tests.train.test_classification import rows
 from tests.train.test_resume import checkpoints
 from train.classification import ClassificationCLI, ImageClassifier, main
@@ -37,18 +33,6 @@ FSDP2 = {
         "save_distributed_checkpoint": False,
     },
 }
-
-
-def run(rank: int, port: int, lines: list[list[str]], folder: Path) -> None:
-    """One of two processes, with what torchrun tells each; the command lines follow one another."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    torch.set_num_threads(1)
-    with (folder / f"said{rank}.txt").open("w") as said, redirect_stderr(said):
-        statuses = [main(line) for line in lines]
-    if rank == 0:
-        (folder / "statuses.json").write_text(json.dumps(statuses))
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         arguments("fsdp2", 2, FSDP2, grad_checkpointing=True),
         [*arguments("resumed", 2, FSDP2), "--ckpt_path", str(steps / "fsdp2-2.ckpt")],
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = clean_processes()
-    processes = [context.Process(target=run, args=(rank, port, lines, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    said = (folder / "said0.txt").read_text()
-    assert json.loads((folder / "statuses.json").read_text()) == [0, 0, 0], said
+    run_in_two(main, lines, folder)
     assert main(arguments("one", 1)) == 0
     return folder
 

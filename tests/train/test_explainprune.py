@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from tests.train.conftest import record_losses, run_writer
 from train.explainprune import AnswerData, ExplainPruneTraining, main
 from visionsel.data.shapes import CAPTION_PROMPT, ShapesWorld
 from visionsel.embedded import load_lvlm
@@ -24,43 +24,16 @@ CONFIG = Path(__file__).parents[2] / "configs" / "shapes" / "explainprune.yaml"
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """Write a configuration of a short run; keyword arguments are merged into its parts."""
-
-    def write(name: str = "run", **parts: Any) -> Path:
-        config: dict[str, Any] = {
-            "output": str(tmp_path / name),
-            "trainer": {
-                "max_epochs": 2,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-            "model": {"width": 4, "depth": 2, "warmup_steps": 0},
-            "data": {"batch_size": 2, "epoch_size": 6, "val_size": 2},
-        }
-        for part, values in parts.items():
-            config[part] = {**config[part], **values}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    return write
+    return run_writer(
+        tmp_path,
+        model={"width": 4, "depth": 2, "warmup_steps": 0},
+        data={"batch_size": 2, "epoch_size": 6, "val_size": 2},
+    )
 
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
-    """Loss of every batch (epoch, index) trained on."""
-    seen: dict[tuple[int, int], float] = {}
-    step = ExplainPruneTraining.training_step
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        seen[self.current_epoch, batch_idx] = loss.item()
-        return loss
-
-    monkeypatch.setattr(ExplainPruneTraining, "training_step", recorded)
-    return seen
+    return record_losses(monkeypatch, ExplainPruneTraining)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.train.conftest import record_losses, run_writer
 from train.grounding import MaskHeadTraining, main, mask_losses
 from train.grounding_data import WordData
 from visionsel.data.shapes import ShapesWorld
@@ -25,43 +25,17 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., Path]:
     """Write a configuration of a short run; keyword arguments are merged into its parts."""
-
-    def write(name: str = "run", **parts: Any) -> Path:
-        config: dict[str, Any] = {
-            "output": str(tmp_path / name),
-            "trainer": {
-                "max_epochs": 1,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-            "model": {"base": 4, "stages": 2, "min_side": 16, "row": "predict"},
-            "data": {"batch_size": 1, "epoch_size": 2, "val_size": 1, "expressions": 1},
-        }
-        for part, values in parts.items():
-            config[part] = {**config[part], **values}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    return write
+    return run_writer(
+        tmp_path,
+        trainer={"max_epochs": 1},
+        model={"base": 4, "stages": 2, "min_side": 16, "row": "predict"},
+        data={"batch_size": 1, "epoch_size": 2, "val_size": 1, "expressions": 1},
+    )
 
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
-    """Loss of every batch (epoch, index) trained on."""
-    seen: dict[tuple[int, int], float] = {}
-    step = MaskHeadTraining.training_step
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        seen[self.current_epoch, batch_idx] = loss.item()
-        return loss
-
-    monkeypatch.setattr(MaskHeadTraining, "training_step", recorded)
-    return seen
+    return record_losses(monkeypatch, MaskHeadTraining)
 
 
 @pytest.mark.slow

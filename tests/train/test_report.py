@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.demos.chromium import Chromium, find_chromium
+from tests.demos.chromium import CONTRASTS, OUTSIDE, Chromium, find_chromium
 from tests.train.pages import SMALLEST, Reader, pixels_of, small_models
 from train import report
 from train.report import PAGE, fresh_scenes, main, write_report
@@ -158,34 +158,10 @@ def test_nothing_is_cut_or_fetched_in_a_browser_and_text_can_be_read(written, tm
             browser.open(address, width, dark=dark)
             browser.wait("document.readyState === 'complete' && !!document.querySelector('footer')")
             assert browser.run("document.documentElement.scrollWidth") == width
-            assert browser.run(_OUTSIDE) == []
+            assert browser.run(OUTSIDE) == []
             assert browser.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-            assert min(browser.run(_CONTRASTS).values()) > 4.5
+            assert min(browser.run(CONTRASTS).values()) > 4.5
             assert not browser.errors
             assert {one for one in browser.addresses if not one.startswith("data:")} == {address}
     finally:
         browser.close()
-
-
-# what is wider than the window, but for what scrolls inside itself
-_OUTSIDE = """[...document.querySelectorAll('body *')].filter(e => {
-if (e.parentElement.closest('.wide')) return false;
-const b = e.getBoundingClientRect(); return b.width && (b.left < -1 || b.right > innerWidth + 1); })
-.map(e => e.outerHTML.slice(0, 80))"""
-
-# WCAG's contrast of text with what is behind it, the least by kind of element
-_CONTRASTS = """(() => {
-const rgb = text => text.match(/[0-9.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-  .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const behind = e => { const c = rgb(getComputedStyle(e).backgroundColor);
-  return c.length === 4 && c[3] === 0 ? behind(e.parentElement) : c; };
-const least = {};
-for (const e of document.querySelectorAll('body *')) {
-  if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
-  const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
-  const kind = e.tagName + '.' + e.className;
-  least[kind] = Math.min(least[kind] || 99, (a + 0.05) / (b + 0.05));
-}
-return least; })()"""

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from tests.train.conftest import TRAINER, merged, record_losses
 from tests.train.test_segmentation_data import make_ade20k, spoil
 from train.segmentation import SemanticSegmentation, main, pixel_loss, poly_rate
 from train.segmentation_metrics import class_measures, mean_measures
@@ -39,20 +40,11 @@ def make_config(path: Path, root: Path, **parts: Any) -> Path:
     """Write a configuration over an ADE20K folder; keyword arguments are merged into its parts."""
     config: dict[str, Any] = {
         "output": str(path.parent / "run"),
-        "trainer": {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
         "model": SMALL,
         "data": {"root": str(root), "crop_size": 32, "image_scale": [80, 40], "batch_size": 2},
     }
-    for part, values in parts.items():
-        config[part] = {**config[part], **values} if isinstance(values, dict) else values
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(merged(config, parts)))
     return path
 
 
@@ -79,17 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Path:
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
-    """Loss of every batch (epoch, index) trained on; empty it before a run."""
-    seen: dict[tuple[int, int], float] = {}
-    step = SemanticSegmentation.training_step
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        seen[self.current_epoch, batch_idx] = loss.item()
-        return loss
-
-    monkeypatch.setattr(SemanticSegmentation, "training_step", recorded)
-    return seen
+    return record_losses(monkeypatch, SemanticSegmentation)
 
 
 def test_measures_are_those_of_a_count_pixel_by_pixel() -> None:
@@ -159,6 +141,7 @@ def test_test_and_predict_write_measures_label_maps_and_pictures(trained, data_r
         table = list(csv.DictReader(stream))
     assert [row["class"] for row in table] == ["wall", "building", "sky"]
     arguments = ["predict", "--config", config, "--ckpt_path", best, "--pictures", "true"]
+    arguments += ["--model.checkpoint", "gone.pth"]  # the first weights are not needed any more
     assert main(arguments) == 0
     assert "2 label maps" in capsys.readouterr().out
 
@@ -287,9 +270,12 @@ def test_what_is_wrong_is_said_in_a_line(changes, message, tmp_path, data_root, 
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path, data_root, capsys) -> None:
     last = str(trained / "checkpoints" / "last.ckpt")
     other = make_config(tmp_path / "config.yaml", data_root, model={"decoder_args": {"decoder_channels": 16}})
+    strange = tmp_path / "strange.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"model": "biformer_tiny"}}, strange)
     for arguments, message in (
         (["test", "--config", str(other), "--ckpt_path", last], "was trained with decoder_args"),
         (["test", "--config", str(other)], "test needs weights"),
+        (["test", "--config", str(other), "--ckpt_path", str(strange)], "not a checkpoint of this program"),
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err

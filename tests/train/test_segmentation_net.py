@@ -8,7 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from train.segmentation_net import DECODERS, SegmentationNet, load_encoder, slide, timm_name
+from train.segmentation_net import DECODERS, SegmentationNet, load_encoder, slide
 from visionsel.embedded.classifier import load_classifier
 from visionsel.embedded.files import WEIGHTS
 
@@ -104,14 +104,6 @@ def test_rates_fall_from_layer_to_layer_and_biases_of_position_do_not_decay() ->
     assert groups[f"{encoder}stages_0.blocks.0.attn.rpb"][1] == 0
     assert groups[f"{encoder}stages_0.blocks.0.attn.qkv.bias"][1] == 0
     assert groups[f"{encoder}stages_0.blocks.0.attn.qkv.weight"][1] == 0.1
-
-
-def test_names_without_a_counterpart_are_refused() -> None:
-    known = {"stages.0.blocks.1.w", "w"}
-    assert timm_name("stages_0.blocks.1.w", known) == "stages.0.blocks.1.w"
-    assert timm_name("model.w", known) == "w"
-    with pytest.raises(ValueError, match=r"the backbone has no stages_1\.w"):
-        timm_name("stages_1.w", known)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from train.shapes_classifier import (
 from visionsel.data.shapes import SHAPES
 from visionsel.embedded.classifier import load_classifier
 
-from .conftest import SMALL
+from .conftest import SMALL, TRAINER, merged
 
 Write = Callable[..., Path]
 
@@ -35,21 +35,12 @@ def write(tmp_path: Path) -> Write:
     def write(name: str = "config.yaml", **parts: Any) -> Path:
         config: dict[str, Any] = {
             "output": str(tmp_path / "run"),
-            "trainer": {
-                "max_epochs": 2,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
+            "trainer": TRAINER,
             "model": {**SMALL, "lr": 1e-3},
             "data": {"image_size": 32, "batch_size": 4, "epoch_size": 16, "val_size": 8},
         }
-        for part, values in parts.items():
-            config[part] = {**config[part], **values} if isinstance(values, dict) else values
         path = tmp_path / name
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(merged(config, parts)))
         return path
 
     return write
