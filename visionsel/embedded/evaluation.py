@@ -104,7 +104,8 @@ def evaluate_embedded(
     Args:
         folder: with one folder a model.
         models: which, of `MODELS`.
-        size: scenes of each distribution; classifiers see five times as many, of one object each.
+        size: scenes of each distribution; classifiers see five times as many, of one object each, mask head
+            and predictor a quarter.
         seed: of the scenes; below 2**28, where no training has its own.
         progress: told what is measured next.
         processes: that share the models (`visionsel.processes.join_processes`); each returns all.
@@ -126,24 +127,24 @@ def evaluate_embedded(
     folder = Path(folder)
     say = progress or (lambda text: None)
     scenes = {name: list(ShapesWorld(name, seed, size)) for name in ("train", "balanced", "anti")}
+    quarter = {name: some[: max(1, size // 4)] for name, some in scenes.items()}
 
     def measured(name: str) -> dict[str, Any]:
         say(name)
         if name == "lvlm":
             return _measure_lvlm(folder / name, scenes)
         if name == "segmenter":
-            return {"balanced": measure_segmenter(load_segmenter(folder / name), scenes["balanced"], seed)}
+            sam = load_segmenter(folder / name)
+            return {part: measure_segmenter(sam, some, seed) for part, some in scenes.items()}
         if name == "clip":
             clip = load_clip(folder / name)
-            return {part: measure_clip(*clip, scenes[part], seed) for part in ("train", "balanced")}
+            return {part: measure_clip(*clip, some, seed) for part, some in scenes.items()}
         if name == "explainprune":
-            predictor = load_predictor(folder / name)
-            some = scenes["balanced"][: max(1, size // 4)]
-            return {"balanced": measure_predictor(predictor, *load_lvlm(folder / "lvlm"), some)}
+            predictor, lvlm = load_predictor(folder / name), load_lvlm(folder / "lvlm")
+            return {part: measure_predictor(predictor, *lvlm, some) for part, some in quarter.items()}
         if name == "mask_head":
-            head = load_mask_head(folder / name, folder / "segmenter")
-            some = scenes["balanced"][: max(1, size // 4)]
-            return {"balanced": measure_mask_head(head, *load_lvlm(folder / "lvlm"), some)}
+            head, lvlm = load_mask_head(folder / name, folder / "segmenter"), load_lvlm(folder / "lvlm")
+            return {part: measure_mask_head(head, *lvlm, some) for part, some in quarter.items()}
         classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
         singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)
         return {"single": measure_classifier(classifier, singles)}
@@ -175,10 +176,13 @@ start = time.perf_counter()
 from pathlib import Path
 import open_clip, psutil, segment_anything, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
-from visionsel.embedded import load_classifier, load_clip, load_lvlm, load_segmenter
+from visionsel.embedded import load_classifier, load_clip, load_lvlm, load_mask_head, load_predictor
+from visionsel.embedded import load_segmenter
 imported, before = time.perf_counter(), psutil.Process().memory_info().rss
 folder = Path(sys.argv[1])
 models = [load_lvlm(folder / "lvlm"), load_segmenter(folder / "segmenter"), load_clip(folder / "clip")]
+models += [load_mask_head(folder / "mask_head", folder / "segmenter")]
+models += [load_predictor(folder / "explainprune")]
 models += [load_classifier(name, folder / f"classifier_{name}") for name in sys.argv[2:]]
 seconds, after = time.perf_counter() - imported, psutil.Process().memory_info().rss
 megabytes = (after - before) / 2**20
