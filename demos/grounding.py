@@ -168,13 +168,11 @@ def heatmap_choices(models: Models) -> list[tuple[str, str]]:
     """Names and specifications of heatmap methods, the default first."""
     first = [("localization heads", "localization_heads:row='predict'")]
     if models.embedded:
-        first = [
-            ("localization heads, chosen for this model", "localization_heads:heads='embedded',row='predict'")
-        ]
+        first = [("localization heads, calibrated", "localization_heads:heads='embedded',row='predict'")]
     others = [
         ("VL-SAM's attention flow", "vl_sam"),
         ("mean of all heads", "mean"),
-        ("mean, relative to another prompt", "relative"),
+        ("mean, against another prompt", "relative"),
         ("rollout of the largest values", "v_max"),
         ("token activation map", "tam"),
     ]

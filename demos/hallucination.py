@@ -34,11 +34,13 @@ __all__ = [
     "hallucination_tab",
     "head_table",
     "mark_invented",
+    "measure_heads",
     "redistributed",
     "remedy_names",
 ]
 
 CALIBRATED = "grounding_heads"
+KNOWN = "What is in the examples is known, so inventions are marked there; in other images nothing is marked."
 TITLES = {
     "vhr": "VHR",
     "var": "VAR",
@@ -79,7 +81,7 @@ def hallucination_tab(models: Models, sessions: Sessions) -> None:
                 elem_id="remedies",
             )
             run = gr.Button("Answer with and without", variant="primary")
-            known = gr.HTML(hint("What is in the example images is known, so inventions are marked."))
+            known = gr.HTML(hint(KNOWN))
     table = gr.HTML(elem_id="remedied")
     gazes = gr.HTML(elem_id="redistributed")
     heads = gr.HTML(elem_id="head-table")
@@ -94,12 +96,9 @@ def hallucination_tab(models: Models, sessions: Sessions) -> None:
             sensitivity, moved = None, ""
             if plain:
                 moved = redistributed(models, picture, asked, found[0], wanted)
-                sample = SimpleNamespace(image=picture, captions=[plain])
-                sensitivity = head_importance(
-                    models.model, models.processor, [sample], prompt=asked
-                ).sensitivity
+                sensitivity = measure_heads(models, picture, asked, plain)
         said = hint(
-            "What is in this image is not known, so nothing is marked."
+            "This is none of the examples: what is in it is not known, so nothing is marked."
             if truth is None
             else f"In the image: {', '.join(sorted(truth))}."
         )
@@ -179,6 +178,20 @@ def redistributed(
         for name in moving
     }
     return draw_gazes(image, before, after) + (said if choosing else "")
+
+
+def measure_heads(models: Models, image: Image.Image, question: str, answer: str) -> list[list[float]]:
+    """`[layers][heads]`: how far what each head says moves when the image is taken away; see `head_table`.
+
+    Args:
+        models, image, question: as for `answer_with`.
+        answer: over whose tokens the mean is taken.
+
+    Raises:
+        ValueError: where the chat template changes the answer.
+    """
+    sample = SimpleNamespace(image=image, captions=[answer])
+    return head_importance(models.model, models.processor, [sample], prompt=question).sensitivity
 
 
 def remedy_names(models: Models) -> list[str]:

@@ -61,8 +61,9 @@ CSS = """
 #title h1 { font-size: 1.35rem; margin: 0.4rem 0 0; letter-spacing: -0.01em; }
 #title p { margin: 0.15rem 0; color: var(--body-text-color-subdued); }
 #title .facts { font-size: 0.88rem; margin-bottom: 0.4rem; }
-#title .facts span { margin-right: 1rem; }
+#title .facts span { display: inline-block; margin-right: 1rem; }
 #title .facts i { font-style: normal; color: var(--body-text-color); }
+.tab-container button.selected { color: var(--link-text-color) !important; }
 .about { color: var(--body-text-color-subdued); max-width: 60rem; margin: 0; }
 #title a, .about a { color: var(--link-text-color); text-decoration: underline;
   padding: 0; }
@@ -102,7 +103,8 @@ table.plain th.number { text-align: right; }
 table.plain td.said { min-width: 16rem; line-height: 1.5; }
 table.plain small { color: var(--body-text-color-subdued); display: block; }
 .answer-text { color: var(--body-text-color); line-height: 1.5; min-height: 3rem; }
-mark.invented { background: #d55e00; color: white; padding: 0.05rem 0.3rem; border-radius: 4px; }
+.answer-text .hint { font-size: 0.85rem; min-height: 0; padding: 0; }
+mark.invented { background: #d55e00; color: black; padding: 0.05rem 0.3rem; border-radius: 4px; }
 mark.seen { background: none; color: inherit; border-bottom: 2px solid #009e73; }
 table.heads { border-collapse: separate; border-spacing: 2px; font-size: 0.8rem; width: auto;
   border: 0 !important; }

@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import timm
+import torch
 
 import visionsel
 
@@ -51,13 +53,78 @@ def run_blocks(page: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(blocks(README, "python")) >= 3
+    states = {name: timm.create_model(name).state_dict() for name in ("dinat_mini", "biformer_tiny")}
+    torch.save({"model": states["dinat_mini"]}, "downloaded.pth")
+    torch.save({"model": states["biformer_tiny"]}, "biformer_tiny_best.pth")
+    asked = []
+
+    def download(address: str, **_: Any) -> Any:
+        asked.append(address)
+        return torch.load("downloaded.pth", weights_only=True)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", download)
+    assert README.read_text().count("```python") == len(blocks(README, "python")) >= 6, "all blocks are run"
     scope = run_blocks(README)
+    release = timm.get_pretrained_cfg("dinat_mini.in1k")
+    assert release is not None
+    assert asked == [release.url]
+    for name, state in states.items():
+        loaded = scope[name.partition("_")[0]].state_dict()
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
     logits, maps, out = scope["logits"], scope["maps"], scope["out"]
     assert tuple(logits.shape) == (1, 10)
     assert [m.shape[-2:] for m in maps] == [(64, 80), (32, 40), (16, 20), (8, 10)]
     assert tuple(out.shape) == (2, 28, 28, 4, 32)
-    assert (tmp_path / "kept.png").stat().st_size > 1000
+    for picture in ("kept.png", "grounded.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+
+
+def test_an_answer_takes_few_lines() -> None:
+    section = README.read_text().partition("\n## A vision-language model")[2]
+    first = re.search(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+    assert first is not None
+    assert "generate_answer(" in first[1]
+    assert len([line for line in first[1].splitlines() if line]) <= 6
+
+
+def test_the_smallest_of_each_family_is_in_the_readme_as_on_its_page() -> None:
+    row = re.compile(r"^\| `\S+` \| [\d.]+ M \| .*", flags=re.MULTILINE)
+    expected = []
+    for family in (ROOT / "docs" / "models.md").read_text().split("\n### ")[1:]:
+        if "\nSource: " not in family:  # timm's own
+            continue
+        name, size, work, side, top1, _ = min(
+            (line.strip("| ").split(" | ") for line in row.findall(family)),
+            key=lambda cells: float(cells[1].split()[0]),
+        )
+        paper = re.search(r"\[arXiv:(\S+)\](\(\S+\))", family)
+        source = f"[{paper[1]}]{paper[2]}" if paper else "ours"
+        expected.append(f"| {name} | {size} | {work} | {side} | {top1} | {source} |")
+    assert len(expected) == 7
+    assert row.findall(README.read_text()) == expected
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_that_take_seconds_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from visionsel.cli import main
+    from visionsel.data.shapes import ShapesWorld
+
+    monkeypatch.chdir(tmp_path)
+    ShapesWorld("balanced", 1, 1)[0].image.save("scene.png")
+    ran = []
+    for words in commands(README):
+        if words[0] == "visionsel" and words[1] in ("models", "generate", "ground", "bench"):
+            assert main(words[1:]) == 0, words
+            assert capsys.readouterr().out
+            ran.append(words[1])
+    assert ran == ["generate", "generate", "ground", "bench", "models"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grounded.png", "kept.png", "scene.png"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"visionsel {visionsel.__version__}\n")
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def _answer(options: argparse.Namespace, task: Any, out: Path) -> dict[str, dict
                 said=task.said,
                 settings=settings,
                 processes=options.processes,
-                progress=progress.count,
+                progress=progress.go_on,
             )
         results[run.name] = task.score([row[task.said] for row in rows])
     return {run.name: results[run.name] for run in [*runs[1:], runs[0]]}

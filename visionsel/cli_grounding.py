@@ -230,7 +230,7 @@ def _run(options: argparse.Namespace, task: Any, **more: Any) -> None:
                 seed=options.seed,
                 settings=settings,
                 processes=options.processes,
-                progress=progress.count,
+                progress=progress.go_on,
             )
     if not options.processes.first:
         return

@@ -212,6 +212,12 @@ class Progress:
             )
         self.bar.update(done - self.bar.n)
 
+    def go_on(self, done: int, total: int) -> None:
+        """As `count`, for work of which some may be there already, which the first call tells."""
+        if self.bar is None and done:
+            self.say(f"{done} of {total} were there already")
+        self.count(done, total)
+
     def say(self, text: str) -> None:
         """What is done next: `"[2/9] fastv"` is a step of the bar, other words stand above it."""
         step = re.fullmatch(r"\[(\d+)/(\d+)\] (.*)", text)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Chromium", "find_chromium"]
+__all__ = ["CONTRASTS", "CUT", "OUTSIDE", "OVERLAPS", "Chromium", "find_chromium"]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIET = (
@@ -20,6 +20,84 @@ QUIET = (
     "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"  # a camera that shows a clock
 ).split()
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowRight": 39, "Delete": 46}
+
+# What a page looks like, as expressions that are run in it. What is not seen does not count.
+_SEEN = """
+const seen = e => e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true});
+const told = e => e.outerHTML.slice(0, 100);
+"""
+
+OUTSIDE = f"""(() => {{ {_SEEN}
+return [...document.querySelectorAll('body *')].filter(e => {{
+  if (!seen(e) || e.parentElement.closest('.wide')) return false;
+  const b = e.getBoundingClientRect();
+  return b.width && (b.left < -1 || b.right > innerWidth + 1);
+}}).map(told); }})()"""
+"""Elements that are wider than the window, but for what scrolls inside of a `.wide`."""
+
+CUT = f"""(() => {{ {_SEEN}
+const cuts = e => e.clientWidth > 1  // else it is for those who hear the page
+  && e.scrollWidth > e.clientWidth + 1 && ['hidden', 'clip'].includes(getComputedStyle(e).overflowX);
+return [...document.querySelectorAll('body *')].filter(e => seen(e) && cuts(e)).map(told); }})()"""
+"""Elements whose content is wider than they are and cannot be scrolled."""
+
+OVERLAPS = f"""(() => {{ {_SEEN}
+const least = 2;  // pixels; lines of text may touch
+const inside = (box, e) => {{  // what the elements around it let be seen
+  let [left, top, right, bottom] = [box.left, box.top, box.right, box.bottom];
+  for (let p = e; p; p = p.parentElement) {{
+    const style = getComputedStyle(p), b = p.getBoundingClientRect();
+    if (style.overflowX !== 'visible') [left, right] = [Math.max(left, b.left), Math.min(right, b.right)];
+    if (style.overflowY !== 'visible') [top, bottom] = [Math.max(top, b.top), Math.min(bottom, b.bottom)];
+  }}
+  return {{left, top, right, bottom}};
+}};
+const things = [];
+for (const e of document.querySelectorAll('body *')) {{
+  if (!seen(e)) continue;
+  const control = e.matches('a, button, input, select, textarea') && !e.querySelector('img');
+  const boxes = control ? [e.getBoundingClientRect()] : [];
+  for (const node of e.childNodes) {{
+    if (node.nodeType !== Node.TEXT_NODE || !node.textContent.trim()) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    boxes.push(...range.getClientRects());
+  }}
+  for (const box of boxes) things.push({{e, box: inside(box, e)}});
+}}
+const found = new Set();
+for (const [n, a] of things.entries()) for (const b of things.slice(n + 1)) {{
+  if (a.e.contains(b.e) || b.e.contains(a.e)) continue;
+  const across = Math.min(a.box.right, b.box.right) - Math.max(a.box.left, b.box.left);
+  const down = Math.min(a.box.bottom, b.box.bottom) - Math.max(a.box.top, b.box.top);
+  if (across > least && down > least) found.add(`${{told(a.e)}} AND ${{told(b.e)}}`);
+}}
+return [...found]; }})()"""
+"""Pairs of texts and controls, none inside of the other, that cover each other; pictures may be covered."""
+
+CONTRASTS = f"""(() => {{ {_SEEN}
+const context = new OffscreenCanvas(1, 1).getContext('2d', {{willReadFrequently: true}});
+const rgba = color => {{  // whatever way the style writes it
+  context.clearRect(0, 0, 1, 1);
+  context.fillStyle = color;
+  context.fillRect(0, 0, 1, 1);
+  return [...context.getImageData(0, 0, 1, 1).data].map(v => v / 255);
+}};
+const over = (top, ground) => ground.map((v, i) => top[3] * top[i] + (1 - top[3]) * v);
+const behind = e => e ? over(rgba(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [1, 1, 1];
+const light = rgb => rgb.map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const least = {{}};
+for (const e of document.querySelectorAll('body *')) {{
+  if (![...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.textContent.trim())) continue;
+  if (!seen(e) || e.closest(':disabled')) continue;
+  const ground = behind(e);
+  const [a, b] = [light(over(rgba(getComputedStyle(e).color), ground)), light(ground)].sort((x, y) => y - x);
+  const kind = `${{e.tagName}}.${{e.className}}`;
+  least[kind] = Math.min(least[kind] || 99, (a + 0.05) / (b + 0.05));
+}}
+return least; }})()"""
+"""WCAG's contrast of text with what is behind it, the least by kind of element; 4.5 can be read."""
 
 
 def find_chromium() -> str | None:
@@ -66,13 +144,17 @@ class Chromium:
     def open(self, address: str, width: int, height: int = 900, dark: bool = False) -> None:
         """Leave the page, and open another one of a size in pixels."""
         self.send("Page.navigate", url="about:blank")
+        self.show(width, height, dark)
+        self.errors.clear()
+        self.addresses.clear()
+        self.send("Page.navigate", url=address)
+
+    def show(self, width: int, height: int = 900, dark: bool = False) -> None:
+        """Give the window another size, and the page the colours of the day or of the night."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.errors.clear()
-        self.addresses.clear()
-        self.send("Page.navigate", url=address)
 
     def send(self, method: str, **parameters: Any) -> Any:
         """Send a command and wait for its result; what is told in between is noted."""

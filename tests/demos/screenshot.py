@@ -1,7 +1,8 @@
 """The picture of the demo in the README: `python -m tests.demos.screenshot [--out docs/images/demo.png]`.
 
 It starts `visionsel demo`, asks about the first example, clicks on a word and writes what a headless Chromium
-shows.
+shows. With `--all DIR` it writes the three tabs with an answer, wide and narrow, by day and by night: twelve
+pictures to look at.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import httpx
 from PIL import Image
 
 from tests.demos.chromium import Chromium, find_chromium
-from tests.demos.test_browser import BUTTON, WORD, source
+from tests.demos.test_browser import BUTTON, TABS, WORD, answer_in_every_tab, open_tab, source
 from visionsel.files import whole_file
 
 OUT = Path(__file__).parents[2] / "docs" / "images" / "demo.png"
@@ -31,6 +32,7 @@ def main() -> None:
     """Serve, look, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="file (default: docs/images/demo.png)")
+    parser.add_argument("--all", type=Path, metavar="DIR", help="write all tabs, sizes and colours instead")
     options = parser.parse_args()
     program = find_chromium()
     if program is None:
@@ -45,6 +47,9 @@ def main() -> None:
             address = f"http://127.0.0.1:{port}/"
             _wait_for(address, server)
             page = Chromium(program, Path(profile))
+            if options.all is not None:
+                _look_at_all(page, address, options.all)
+                return
             picture = _look(page, address)
         finally:
             if page is not None:
@@ -72,11 +77,9 @@ def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def _look(page: Chromium, address: str) -> Image.Image:
-    page.open(address, WIDTH, HEIGHT)
+    _open(page, address, WIDTH, HEIGHT)
     size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": DENSITY, "mobile": False}
     page.send("Emulation.setDeviceMetricsOverride", **size)
-    page.wait("!!document.querySelector('#answer')")
-    time.sleep(3)  # until the page listens
     page.click(BUTTON.format("Ask"))
     objects = source(page, "overlay")
     page.click(WORD.format("triangle"))
@@ -86,6 +89,27 @@ def _look(page: Chromium, address: str) -> Image.Image:
     time.sleep(2)  # until the pictures have come
     data = page.send("Page.captureScreenshot")["data"]
     return Image.open(io.BytesIO(b64decode(data))).convert("RGB")
+
+
+def _look_at_all(page: Chromium, address: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for width in (1280, 390):
+        _open(page, address, width, HEIGHT)
+        answer_in_every_tab(page)
+        for dark in (False, True):
+            page.show(width, HEIGHT, dark)
+            for tab in TABS:
+                open_tab(page, tab)
+                time.sleep(2)  # until the pictures have come
+                path = folder / f"{tab.lower()}-{width}-{'dark' if dark else 'light'}.png"
+                page.screenshot(path)
+                print(path)
+
+
+def _open(page: Chromium, address: str, width: int, height: int) -> None:
+    page.open(address, width, height)
+    page.wait("!!document.querySelector('#answer')")
+    time.sleep(3)  # until the page listens
 
 
 if __name__ == "__main__":

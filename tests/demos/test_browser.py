@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,14 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.demos.chromium import Chromium, find_chromium
+from tests.demos.chromium import CONTRASTS, CUT, OUTSIDE, OVERLAPS, Chromium, find_chromium
+from visionsel.data.shapes.masks import decode_rle
 
 pytest.importorskip("gradio", reason='the demos need Gradio: pip install "visionsel[demo]"')
+
+from demos.examples import scenes
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,8 +34,15 @@ pytestmark = [
 ]
 BUTTON = "[...document.querySelectorAll('button')].find(b => b.offsetParent && b.innerText.trim() === '{}')"
 LABELLED = "[...document.querySelectorAll('{} button')].find(b => b.ariaLabel === '{}')"
+TABS = ("Grounding", "Pruning", "Hallucination")
 TAB = "[...document.querySelectorAll('[role=tab]')].find(t => t.innerText.trim() === '{}')"
 WORD = "[...document.querySelectorAll('#answer .token')].find(t => t.innerText.trim() === '{}')"
+FOLDED = "[...document.querySelectorAll('button.label-wrap')].find(b => b.innerText.includes('{}'))"
+CHOICES = (
+    "[...document.querySelectorAll('input[role=combobox]')].find(i => i.offsetParent && i.ariaLabel === '{}')"
+)
+CHOICE = "[...document.querySelectorAll('[role=option]')].find(o => o.ariaLabel === '{}')"
+HEADS = "[...document.querySelectorAll('#heads img')]"
 QUESTION = "document.querySelector('textarea')"
 TOLD = "document.querySelector('#word').innerText"
 Open = Callable[..., Chromium]
@@ -128,11 +141,42 @@ def open_tab(page: Chromium, name: str) -> None:
         page.click(TAB.format(name))
 
 
+def choose(page: Chromium, label: str, choice: str) -> None:
+    """Choose a line of a list that opens."""
+    page.click(CHOICES.format(label))
+    page.click(CHOICE.format(choice))
+
+
 def source(page: Chromium, name: str, before: str = "") -> str:
     """The address of the picture of a component, once there is another one than before."""
     found = f"(document.querySelector('#{name} img') || {{}}).src || ''"
     picture: str = page.wait(f"({found}) !== {before!r} && ({found})")
     return picture
+
+
+def pixels(address: str) -> np.ndarray:
+    """Of a picture that the server has, uint8 `[H, W, 3]`."""
+    with Image.open(io.BytesIO(httpx.get(address).content)) as opened:
+        return np.asarray(opened.convert("RGB"))
+
+
+def answer_in_every_tab(page: Chromium) -> None:
+    """One answer in each tab, with all that it shows unfolded."""
+    press(page, "Ask")
+    objects = source(page, "overlay")
+    page.click(WORD.format("triangle"))
+    source(page, "overlay", objects)
+    source(page, "heat")
+    page.click(FOLDED.format("Layers and heads"))
+    press(page, "Show what the last word saw")
+    page.wait(f"{HEADS}.length === 4")
+    page.click(FOLDED.format("How attention becomes a heatmap"))
+    open_tab(page, "Pruning")
+    press(page, "Compare")
+    source(page, "kept-2")
+    open_tab(page, "Hallucination")
+    press(page, "Answer with and without")
+    page.wait("!!document.querySelector('#remedied table')")
 
 
 def said(page: Chromium, words: str) -> None:
@@ -161,11 +205,16 @@ def test_a_visitor_asks_clicks_a_word_and_exports(open_page: Open, address: str,
     heat = source(page, "heat")
     mask = source(page, "overlay", objects)
     assert "score" in page.run(TOLD)
-    for picture in (heat, mask):
-        with Image.open(io.BytesIO(httpx.get(picture).content)) as opened:
-            assert min(opened.size) >= 384
+    assert min(pixels(heat).shape[:2]) >= 384
     coco = page.download(tmp_path, lambda: press(page, "Objects (COCO JSON)"))
-    assert {"bar", "star", "triangle"} == {one["name"] for one in json.loads(coco.read_text())}
+    found = {one["name"]: one for one in json.loads(coco.read_text())}
+    assert set(found) == {"bar", "star", "triangle"}
+    scene = np.asarray(scenes()[0].image)
+    changed = (pixels(mask) != scene).any(2)
+    assert changed[decode_rle(found["triangle"]["segmentation"])].mean() > 0.99
+    rows = changed.any(1).nonzero()[0]
+    _, top, _, height = found["triangle"]["bbox"]
+    assert (rows[0], rows[-1]) == (top, top + height - 1)
     with Image.open(page.download(tmp_path, lambda: press(page, "Picture (PNG)"))) as opened:
         assert (opened.format, opened.size) == ("PNG", (384, 384))
     page.click(WORD.format("shaded"))  # a word that names nothing
@@ -198,8 +247,10 @@ def test_a_slider_prunes_anew_and_remedies_are_compared(open_page: Open, address
     before = source(page, "kept-2")
     assert page.run("document.querySelectorAll('#costs tr').length") == 5
     page.click("document.querySelector('#budget-2 input[type=range]')", across=0.7)
-    source(page, "kept-2", before)
+    slid = source(page, "kept-2", before)
     assert float(page.run("document.querySelector('#budget-2 input[type=range]').value")) > 0.5
+    choose(page, "Method", "fastv")
+    assert not np.array_equal(pixels(source(page, "kept-2", slid)), pixels(slid))
     check(page, address)
     open_tab(page, "Hallucination")
     press(page, "Answer with and without")
@@ -208,6 +259,85 @@ def test_a_slider_prunes_anew_and_remedies_are_compared(open_page: Open, address
     assert page.run("document.querySelectorAll('#head-table td').length") == 16
     assert page.run("document.querySelectorAll('#redistributed img').length") == 6
     check(page, address)
+
+
+def test_layers_and_heads_are_looked_into_and_another_method_sees_otherwise(
+    open_page: Open, address: str
+) -> None:
+    page = open_page(1280)
+    page.type(QUESTION, "how many objects are there?")
+    press(page, "Ask")
+    objects = source(page, "overlay")
+    page.click(WORD.format("three"))
+    word, heat = source(page, "overlay", objects), source(page, "heat")
+    page.click(FOLDED.format("Layers and heads"))
+    press(page, "Show what the last word saw")
+    page.wait(f"{HEADS}.length === 4")
+    layers = page.run(f"{HEADS}.map(i => i.src)")
+    assert len({pixels(one).tobytes() for one in layers}) == 4
+    choose(page, "Look into", "layer 2")
+    press(page, "Show what the last word saw")
+    page.wait(f"{HEADS}.length === 4 && {HEADS}.every(i => i.src.includes('head'))")
+    assert len({pixels(one).tobytes() for one in page.run(f"{HEADS}.map(i => i.src)")}) == 4
+    page.click(FOLDED.format("How attention becomes a heatmap"))
+    choose(page, "Method", "mean of all heads")
+    press(page, "Ask")
+    source(page, "overlay", word)
+    page.click(WORD.format("three"))
+    assert not np.array_equal(pixels(source(page, "heat", heat)), pixels(heat))
+    check(page, address)
+
+
+@pytest.fixture(scope="module")
+def answered(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """A page with an answer in each tab, in a browser of its own."""
+    program = find_chromium()
+    assert program is not None
+    page = Chromium(program, tmp_path_factory.mktemp("answered"))
+    try:
+        page.open(address, 1280)
+        page.wait("!!document.querySelector('#answer')")
+        time.sleep(1)  # until the page listens
+        answer_in_every_tab(page)
+        yield page
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_overlaps_or_is_cut_and_text_can_be_read(
+    answered: Chromium, address: str, width: int, dark: bool
+) -> None:
+    answered.show(width, dark=dark)
+    for tab in TABS:
+        open_tab(answered, tab)
+        time.sleep(1)  # until colours have changed
+        check(answered, address)
+        for look in (OUTSIDE, CUT, OVERLAPS):
+            assert answered.run(look) == []
+        contrasts = answered.run(CONTRASTS)
+        assert len(contrasts) > 10
+        assert {kind: contrast for kind, contrast in contrasts.items() if contrast < 4.5} == {}
+
+
+def test_the_faults_of_a_page_are_noticed(browser: Chromium) -> None:
+    page = """<style>body { background: white } p { width: 200px }</style>
+        <p style='width: 600px'>wider than the window</p>
+        <input value='a long line of text' style='width: 50px'>
+        <p style='width: 50px; overflow: hidden; white-space: nowrap'>a line that is cut</p>
+        <p>covered</p><p><button style='position: relative; top: -34px'>above it</button></p>
+        <p style='color: #999'>faint</p><p style='visibility: hidden; width: 900px'>not seen</p>"""
+    browser.open(f"data:text/html,{quote(page)}", 390)
+    browser.wait("document.readyState === 'complete' && !!document.querySelector('button')")
+    (wide,) = browser.run(OUTSIDE)
+    assert "wider than the window" in wide
+    cut = browser.run(CUT)
+    assert [tag for tag in cut if "a line that is cut" in tag or "<input" in tag] == cut
+    assert len(cut) == 2
+    (pair,) = browser.run(OVERLAPS)
+    assert re.fullmatch("<p>covered</p> AND <button .*>above it</button>", pair)
+    assert [contrast < 4.5 for contrast in browser.run(CONTRASTS).values()].count(True) == 1
 
 
 def test_what_cannot_be_answered_is_answered_by_a_message(

@@ -17,9 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.multimodal.families.ramps import tokenizer
+from tests.multimodal.tiny import IMAGE, START, make_model
 from visionsel.cli import main
-from visionsel.data.shapes import CAPTION_PROMPT
+from visionsel.data.shapes import CAPTION_PROMPT, SHAPES, ShapesWorld
 from visionsel.multimodal.grounding.results import Grounding
+from visionsel.multimodal.grounding.segmenters import build_segmenter
 
 gr = pytest.importorskip("gradio", reason='the demos need Gradio: pip install "visionsel[demo]"')
 gradio_client = pytest.importorskip("gradio_client")
@@ -28,7 +31,14 @@ from demos import inputs  # noqa: E402
 from demos.app import ABOUT, build_app  # noqa: E402
 from demos.examples import known_objects, scenes  # noqa: E402
 from demos.grounding import ask_in_pieces, ground, heatmap_choices, word_pieces  # noqa: E402
-from demos.hallucination import answer_with, head_table, mark_invented, remedy_names  # noqa: E402
+from demos.hallucination import (  # noqa: E402
+    answer_with,
+    head_table,
+    mark_invented,
+    measure_heads,
+    redistributed,
+    remedy_names,
+)
 from demos.head_maps import draw_head_maps  # noqa: E402
 from demos.models import Models, load_models  # noqa: E402
 from demos.page import DOCS, served  # noqa: E402
@@ -43,6 +53,12 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 FAST = "mean"
 COUNT = "how many objects are there?"
+QWEN_CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|> "
+    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +188,85 @@ def test_another_model_needs_nothing_that_was_chosen_for_the_embedded_one(
     assert answer_with(other, scenes()[3].image, COUNT, "vcd").answer
 
 
+@pytest.fixture(scope="module")
+def qwen() -> Models:
+    """A tiny Qwen2-VL of random weights, whose processor says what images are in ways of its own."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    words = ["user:", "assistant:", *COUNT.split(), *SHAPES]
+    words += [f"word{number}" for number in range(START - 2 - len(words))]  # pad and unk come first
+    named = {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
+    named |= {"video_token": "<|video_pad|>", "image_token": "<|image_pad|>"}
+    pixels: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**pixels, size={"shortest_edge": 64, "longest_edge": 4096}),
+        tokenizer(words, **named),
+        Qwen2VLVideoProcessor(**pixels),
+        chat_template=QWEN_CHAT,
+    )
+    assert processor.image_token_id == IMAGE
+    return Models(make_model("qwen2_vl", dtype=torch.float32), processor, build_segmenter("embedded"))
+
+
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of models that never end by themselves, and one round of the clock."""
+    for module in ("grounding", "head_maps", "hallucination", "pruning"):
+        monkeypatch.setattr(f"demos.{module}.MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("demos.pruning.ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("_brief")
+def test_a_model_of_another_family_is_grounded_by_every_heatmap_that_is_offered(
+    qwen: Models, scene: str
+) -> None:
+    image = scenes()[0].image
+    expected = answer_with(qwen, image, COUNT, None).answer
+    for _, heatmap in heatmap_choices(qwen):
+        *grown, last = ask_in_pieces(qwen, scene, COUNT, heatmap)
+        assert isinstance(last, Grounding)
+        assert last.answer == grown[-1] == expected, heatmap
+        assert "".join(text for text, _ in word_pieces(last)) == last.answer
+        seen = np.stack([word.heatmap for word in last.words])
+        assert seen.shape[1:] == (384, 384)
+        assert np.isfinite(seen).all()
+        assert seen.max() > seen.min(), heatmap
+        span = last.words[-1].span
+    maps = [one for layer in (None, 3) for one in draw_head_maps(qwen, image, COUNT, span, layer)]
+    assert [caption for _, caption in maps] == [
+        *(f"layer {number}" for number in range(4)),
+        *(f"layer 3, head {number}" for number in range(4)),
+    ]
+    assert len({picture.tobytes() for picture, _ in maps}) == 8
+
+
+@pytest.mark.usefixtures("_brief")
+def test_a_model_of_another_family_is_pruned_by_every_method_that_is_offered(qwen: Models) -> None:
+    image = scenes()[1].image
+    for name in pruner_names(qwen):
+        full, found = compare(qwen, image, COUNT, name, [1.0, 0.25])
+        assert found[1].report.full_tokens == 64
+        assert found[1].report.equivalent_tokens < 64, name
+        if name != "prumerge":  # it decides itself
+            assert found[0].answer == full, name
+            assert found[0].picture.tobytes() != found[1].picture.tobytes(), name
+
+
+@pytest.mark.usefixtures("_brief")
+def test_a_model_of_another_family_is_answered_for_by_every_remedy_that_is_offered(qwen: Models) -> None:
+    image, names = scenes()[3].image, remedy_names(qwen)
+    plain = answer_with(qwen, image, COUNT, None)
+    assert len(plain.answer.split()) > 2
+    for name in names:
+        assert answer_with(qwen, image, COUNT, name).answer, name
+    drawn = redistributed(qwen, image, COUNT, plain, names)
+    assert re.findall("<h3>(.*?)</h3>", drawn) == ["VHR", "VAR", "PAI", "Paint"]
+    assert drawn.count("<img") == 12
+    table = head_table(measure_heads(qwen, image, COUNT, plain.answer), {})
+    assert table.count("<td") == 16
+    assert answer_with(qwen, image, COUNT, None).answer == plain.answer
+
+
 def test_inventions_are_marked_where_the_truth_is_known() -> None:
     marked, invented = mark_invented("a red cross and a <small> ring", {"cross"})
     assert invented == ["ring"]
@@ -182,6 +277,7 @@ def test_inventions_are_marked_where_the_truth_is_known() -> None:
     assert mark_invented("a ring", None) == ("a ring", [])
     assert known_objects(scenes()[3].image) == {"cross"}
     assert known_objects(Image.new("RGB", (9, 9))) is None
+    assert known_objects(ShapesWorld("balanced", 0, 1)[0].image) is None, "no example, though of the world"
 
 
 def test_bad_input_is_refused_with_what_to_do(tmp_path: Path, models: Models, scene: str) -> None:
