@@ -207,7 +207,7 @@ def test_numbers_of_the_readme_are_those_of_the_pages() -> None:
     results = re.findall(
         r"^\| (?!question)[^|]+ \| (.+) \| (.+) \| \[.*?\]\((.*?)\) \|$", table, flags=re.MULTILINE
     )
-    assert len(results) == 5
+    assert len(results) == 4
     for without, with_, page_ in results:
         told = model_table.PAGE.parents[1].joinpath(page_).read_text()
         for value in re.findall(r"0?\.\d+|\d+\.\d+x", f"{without} {with_}"):

@@ -33,7 +33,9 @@ def write_config(program: str, folder: Path) -> Path:
     """A configuration of one update of a tiny network."""
     path, model = folder / "config.yaml", {"warmup_steps": 0}
     if program == "classification":
-        return make_config(path, make_image_folder(folder / "images"), trainer=TRAINER)
+        # all images in one batch: a limit of 1 may be read as the share 1.0
+        data = {"batch_size": 24}
+        return make_config(path, make_image_folder(folder / "images"), trainer=TRAINER, data=data)
     if program == "segmentation":
         root = make_ade20k(folder / "data", val=1)
         return test_segmentation.make_config(path, root, trainer=TRAINER, model=model)
