@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 
+from visionsel.ops import flexible
 from visionsel.ops.bilevel_routing import bilevel_routing_attention
 from visionsel.ops.bilevel_routing import flex as bilevel
 from visionsel.ops.bilevel_routing.reference import reference as routed_reference
@@ -390,7 +391,7 @@ def test_it_says_what_the_machine_is_missing(monkeypatch: pytest.MonkeyPatch, mo
     assert "needs AVX2 and no macOS" in module.why_not(*call(module, x))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(module, "no_compiler", lambda device: f"no compiler for {device}")
+    monkeypatch.setattr(flexible, "no_compiler", lambda device: f"no compiler for {device}")
     assert module.why_not(*call(module, x)) == "no compiler for cpu"
 
 

@@ -8,7 +8,6 @@ hold its neighbors; inside of them the mask keeps the neighbors, and the bias is
 Every new shape is compiled, which takes seconds. On the CPU torch has the forward kernel alone.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from visionsel.ops.compilation import call_compiled, no_compiler, sizes_are_fixed
+from visionsel.ops.compilation import call_compiled, sizes_are_fixed
+from visionsel.ops.flexible import kernel_options, refusal, refuse_uncompiled
 from visionsel.ops.plans import keep_plans
 
 __all__ = ["attend", "build_plan", "flex", "why_not"]
 
 TILE = 8
 BLOCK = TILE * TILE  # tokens; the kernels need a multiple of 16
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def flex(
@@ -74,34 +73,9 @@ def why_not(
     return refusal(query, value, learns)
 
 
-def refusal(query: Tensor, value: Tensor, learns: bool) -> str | None:
-    """What torch's kernels lack for tensors of this kind."""
-    device, dims = query.device.type, (query.shape[4], value.shape[4])
-    if device not in ("cpu", "cuda"):
-        return f"it is written for cuda and cpu, the tensors are on {device}"
-    if query.dtype not in DTYPES:
-        return f"its kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
-    if device == "cuda" and min(dims) < 16:
-        return f"its CUDA kernels need head dims of at least 16, got {dims[0]} and {dims[1]}"
-    if device == "cpu" and learns:
-        return "flex_attention has no backward on the CPU"
-    if torch.compiler.is_compiling():
-        return None
-    if 0 in (*query.shape, *value.shape):
-        return "a tensor is empty"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if device == "cpu" and (sys.platform == "darwin" or capability not in ("AVX2", "AVX512")):
-        return f"its CPU kernel needs AVX2 and no macOS, this is {sys.platform} with {capability}"
-    return no_compiler(device)
-
-
 def fused(*call: Any) -> Tensor:
-    """`attend`, but never by the uncompiled flex_attention, which holds the logits of all pairs at once."""
-    if not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "backend 'flex' needs torch.compile, but it is switched off or another tracer looks on; "
-            "choose another backend"
-        )
+    """`attend`, but never uncompiled."""
+    refuse_uncompiled()
     return attend(*call)
 
 
@@ -217,24 +191,6 @@ def window_start(position: Tensor, grid: Tensor, length: int, kernel_size: int, 
     grid_length = (length + dilation - 1 - grid) // dilation
     start = position.minimum(grid_length - 1) - kernel_size // 2
     return start.clamp(min=0).minimum(grid_length - kernel_size)
-
-
-def kernel_options(query: Tensor, value: Tensor, query_block: int, key_block: int) -> Any:
-    """Tile sizes of the CUDA kernels, near torch's own; those divide blocks below 128 from torch 2.14 on."""
-    row = query.element_size() * max(query.shape[3], value.shape[3])  # bytes
-    keys = 64 if row <= 128 else 32 if row <= 256 else 16
-    outer, inner = (64, 32) if query.dtype != torch.float32 and row <= 256 else (16, 16)
-    inner = min(inner, query_block, key_block)
-    return {
-        "FORCE_USE_FLEX_ATTENTION": True,  # below 128 tokens it would take the kernel made for single queries
-        "num_warps": 4,
-        "fwd_BLOCK_M": min(64, query_block),
-        "fwd_BLOCK_N": min(keys, key_block),
-        "bwd_BLOCK_M1": inner,
-        "bwd_BLOCK_N1": min(outer, key_block),
-        "bwd_BLOCK_M2": min(outer, query_block),
-        "bwd_BLOCK_N2": inner,
-    }
 
 
 def build_plan(
