@@ -95,6 +95,7 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
         ("ops", "choice"),
         ("ops", "compilation"),
         ("ops", "flexible"),
+        ("ops", "gpu"),
         ("ops", "plans"),
         ("data", "folders"),
         ("data", "coco"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from visionsel.ops import gpu
 from visionsel.ops.bilevel_routing import triton
 from visionsel.ops.bilevel_routing.reference import reference
 
@@ -214,7 +215,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 @pytest.mark.slow
 def test_the_interpreted_kernels_equal_the_reference() -> None:
-    if not triton.installed():
+    if not gpu.installed():
         pytest.skip("needs triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -282,7 +283,7 @@ def test_the_reason_against_a_call_is_told(
     changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("interpreted", "installed"):
-        monkeypatch.setattr(triton, name, lambda name=name: changes.get(name, True))
+        monkeypatch.setattr(gpu, name, lambda name=name: changes.get(name, True))
     x = torch.zeros(1, 4, 4, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
     told = triton.why_not(x, x, x, (2, 2), 1.0, torch.zeros(1, 4, 1, dtype=torch.int64), None)
     assert told is None if reason is None else reason in str(told)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from visionsel.ops import gpu
 from visionsel.ops.neighborhood import triton
 from visionsel.ops.neighborhood.reference import reference
 
@@ -221,7 +222,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def test_the_interpreted_kernels_equal_the_reference() -> None:
-    if not triton.installed():
+    if not gpu.installed():
         pytest.skip("needs triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -254,7 +255,7 @@ class NoGpu:
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not triton.installed() or triton.interpreted():
+    if not gpu.installed() or gpu.interpreted():
         pytest.skip("needs triton, not interpreted")
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -346,7 +347,7 @@ def test_the_reason_against_a_call_is_told(
     changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("interpreted", "installed"):
-        monkeypatch.setattr(triton, name, lambda name=name: changes.get(name, True))
+        monkeypatch.setattr(gpu, name, lambda name=name: changes.get(name, True))
     x = torch.zeros(1, 4, 4, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
     told = triton.why_not(x, x, x, (3, 3), (1, 1), None, 1.0)
     assert told is None if reason is None else reason in str(told)

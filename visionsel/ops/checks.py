@@ -47,3 +47,12 @@ def check_attention_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"k and v must agree in all but head_dim, got k {tuple(key.shape)} and v {tuple(value.shape)}"
         )
+
+
+def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as autocast would cast them for a matrix product; as they are where it is off."""
+    device = query.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

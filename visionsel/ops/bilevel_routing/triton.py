@@ -7,8 +7,6 @@ There are no atomics, so results repeat bit for bit. Logits, softmax and sums ar
 multiplied in float32 (no TF32), half-precision maps on the tensor cores.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +14,11 @@ import torch
 from torch import Tensor
 
 from visionsel.ops.bilevel_routing.tiled import tiled
+from visionsel.ops.checks import in_autocast_dtype
+from visionsel.ops.gpu import interpreted, no_second_derivative, padded, refusal
 
-__all__ = ["installed", "triton", "why_not"]
+__all__ = ["triton", "why_not"]
 
-MOST_DIM = 256
 # by bytes of a number and head dim: most rows that a program owns and most that it reads at once, in the
 # forward and in the backward; compiled for compute capability 8.0 and 9.0 these spill no or few registers
 BLOCKS = {
@@ -29,7 +28,6 @@ BLOCKS = {
 # by bytes of a number: accumulated numbers for each warp, and most warps; float32 products need more of them,
 # since their operands lie in registers
 WARPS = {2: (1024, 8), 4: (256, 4)}
-FOUND = importlib.util.find_spec("triton") is not None
 
 
 def triton(
@@ -48,10 +46,7 @@ def triton(
     """
     if index is None:
         return tiled(query, key, value, num_windows, scale, None, None)
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     return attention(query, key, value, index, weight, num_windows[0], num_windows[1], scale)[0]
 
 
@@ -65,36 +60,7 @@ def why_not(
     weight: Tensor | None,
 ) -> str | None:
     """Why the kernels cannot serve a call; None if they can."""
-    if query.device.type != "cuda" and not interpreted():
-        return f"the Triton kernels run on cuda, the tensors are on {query.device.type}"
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
-    if max(query.shape[4], value.shape[4]) > MOST_DIM:
-        return (
-            f"the Triton kernels take head dims up to {MOST_DIM}, got {query.shape[4]} of q and k "
-            f"and {value.shape[4]} of v"
-        )
-    if not installed():
-        return "triton is not installed: pip install triton; it comes with PyTorch for CUDA on Linux"
-    if query.device.type == "cuda" and not capable(query.device.index):
-        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or later"
-    return None
-
-
-def installed() -> bool:
-    """Whether there is a triton to import."""
-    return FOUND
-
-
-def interpreted() -> bool:
-    """Whether triton runs its kernels step by step in Python, on any device: TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@torch.compiler.assume_constant_result
-def capable(index: int | None) -> bool:
-    """Whether a CUDA device has the instructions and the shared memory of the kernels."""
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    return refusal(query, value)
 
 
 @torch.library.custom_op("visionsel::bilevel_routing_triton", mutates_args=())
@@ -233,6 +199,7 @@ def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
 attention.register_fake(empty_results)
 attention.register_autograd(backward, setup_context=keep)
 gradients.register_fake(empty_gradients)
+gradients.register_autograd(no_second_derivative)
 
 
 def turned(index: Tensor, windows: int) -> tuple[Tensor, Tensor]:
@@ -284,11 +251,6 @@ def block_sizes(owned: int, read: int, query: Tensor, value: Tensor, backward: b
     dim = max(64, padded(query.shape[4]), padded(value.shape[4]))
     most_owned, most_read = BLOCKS[query.element_size()][dim][backward]
     return min(padded(owned), most_owned), min(padded(read), most_read)
-
-
-def padded(size: int) -> int:
-    """The power of two that holds so many, at least 16 as matrix products on the tensor cores need."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def run(

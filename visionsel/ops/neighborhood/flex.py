@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from visionsel.ops.checks import in_autocast_dtype
 from visionsel.ops.compilation import call_compiled, sizes_are_fixed
 from visionsel.ops.flexible import kernel_options, refusal, refuse_uncompiled
 from visionsel.ops.plans import keep_plans
@@ -46,9 +47,7 @@ def flex(
     if reason := why_not(query, key, value, kernel_size, dilation, rel_pos_bias, scale):
         raise NotImplementedError(f"backend 'flex' cannot serve this call: {reason}")
     device = query.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     if device.type == "cpu":  # no gradient is recorded, but flex_attention refuses tensors that ask for one
         query, key, value = query.detach(), key.detach(), value.detach()
         rel_pos_bias = None if rel_pos_bias is None else rel_pos_bias.detach()

@@ -7,19 +7,18 @@ them, for the bias over strips of rows. There are no atomics, so results repeat 
 and sums are float32; float32 maps are multiplied in float32 (no TF32), half-precision maps on tensor cores.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["installed", "triton", "why_not"]
+from visionsel.ops.checks import in_autocast_dtype
+from visionsel.ops.gpu import interpreted, no_second_derivative, padded, power_of_two, refusal
 
-MOST_DIM = 256
+__all__ = ["triton", "why_not"]
+
 LOG2E = 1.4426950408889634
-FOUND = importlib.util.find_spec("triton") is not None
 
 # by bytes of an element and padded head dim: positions of a tile and of a block, warps, stages
 FORWARD = {
@@ -74,10 +73,7 @@ def triton(
 
     Maps may have any strides. Autocast casts them, but not the bias. It has no second derivatives.
     """
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     return attention(query, key, value, rel_pos_bias, list(kernel_size), list(dilation), float(scale))[0]
 
 
@@ -91,37 +87,7 @@ def why_not(
     scale: float,
 ) -> str | None:
     """Why the kernels cannot serve a call; None if they can."""
-    device = query.device
-    if device.type != "cuda" and not interpreted():
-        return f"the Triton kernels run on cuda, the tensors are on {device.type}"
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
-    if max(query.shape[4], value.shape[4]) > MOST_DIM:
-        return (
-            f"the Triton kernels take head dims up to {MOST_DIM}, got {query.shape[4]} of q and k "
-            f"and {value.shape[4]} of v"
-        )
-    if not installed():
-        return "triton is not installed: pip install triton; it comes with PyTorch for CUDA on Linux"
-    if device.type == "cuda" and not capable(device.index):
-        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or later"
-    return None
-
-
-def installed() -> bool:
-    """Whether there is a triton to import."""
-    return FOUND
-
-
-def interpreted() -> bool:
-    """Whether triton runs its kernels step by step in Python, on any device: TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@torch.compiler.assume_constant_result
-def capable(index: int | None) -> bool:
-    """Whether a CUDA device has the instructions and the shared memory of the kernels."""
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    return refusal(query, value)
 
 
 @torch.library.custom_op("visionsel::neighborhood_triton", mutates_args=())
@@ -277,15 +243,6 @@ def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return query, key, value, bias, None, None, None
 
 
-def no_second_derivative(ctx: Any, *_: Any) -> None:
-    """Refuse.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError("the Triton kernels have no second derivatives; use backend='tiled'")
-
-
 attention.register_fake(empty_results)
 attention.register_autograd(backward, setup_context=keep)
 gradients.register_fake(empty_gradients)
@@ -295,16 +252,6 @@ gradients.register_autograd(no_second_derivative)
 def sort_of(query: Tensor, value: Tensor) -> tuple[int, int]:
     """What the sizes of programs go by: bytes of an element and the larger padded head dim."""
     return query.element_size(), max(padded(query.shape[4]), padded(value.shape[4]))
-
-
-def padded(size: int) -> int:
-    """The power of two that holds so many, at least 16 as matrix products on the tensor cores need."""
-    return max(16, power_of_two(size))
-
-
-def power_of_two(size: int) -> int:
-    """The smallest that holds so many."""
-    return 1 << (size - 1).bit_length()
 
 
 def constants(query: Tensor, value: Tensor, kernel_size: Sequence[int]) -> dict[str, int]:

@@ -1,0 +1,75 @@
+"""What Triton kernels can serve, on which GPUs, and the sizes that they need; for the backends "triton"."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "capable",
+    "installed",
+    "interpreted",
+    "no_second_derivative",
+    "padded",
+    "power_of_two",
+    "refusal",
+]
+
+MOST_DIM = 256
+FOUND = importlib.util.find_spec("triton") is not None
+
+
+def refusal(query: Tensor, value: Tensor) -> str | None:
+    """What the kernels lack for maps `[B, H, W, heads, head_dim]` of this kind; None if nothing."""
+    device = query.device
+    if device.type != "cuda" and not interpreted():
+        return f"the Triton kernels run on cuda, the tensors are on {device.type}"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
+    if max(query.shape[4], value.shape[4]) > MOST_DIM:
+        return (
+            f"the Triton kernels take head dims up to {MOST_DIM}, got {query.shape[4]} of q and k "
+            f"and {value.shape[4]} of v"
+        )
+    if not installed():
+        return "triton is not installed: pip install triton; it comes with PyTorch for CUDA on Linux"
+    if device.type == "cuda" and not capable(device.index):
+        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or later"
+    return None
+
+
+def installed() -> bool:
+    """Whether there is a triton to import."""
+    return FOUND
+
+
+def interpreted() -> bool:
+    """Whether triton runs its kernels step by step in Python, on any device: TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def capable(index: int | None) -> bool:
+    """Whether a CUDA device has the instructions and the shared memory of the kernels."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def no_second_derivative(ctx: Any, *_: Any) -> None:
+    """The backward of a backward kernel.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("the Triton kernels have no second derivatives; use backend='tiled'")
+
+
+def padded(size: int) -> int:
+    """The power of two that holds so many, at least 16 as matrix products on the tensor cores need."""
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest that holds so many."""
+    return 1 << (size - 1).bit_length()
