@@ -57,7 +57,7 @@ bench: $(READY)  ## paired timings, growth and memory, and which goals are reach
 	-$(BIN)/python -m benchmarks.targets $(foreach p,ops models growth memory,runs/bench/$(p).json)
 
 bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the machine idle)
-	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled --rounds 7
+	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled
 	$(BIN)/python -m benchmarks.models --threads 1
 	$(BIN)/python -m benchmarks.growth --threads 1
 	$(BIN)/python -m benchmarks.memory --threads 1

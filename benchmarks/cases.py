@@ -21,6 +21,7 @@ from benchmarks.paired import Output, usable
 from benchmarks.roofline import Work
 from visionsel import ops
 from visionsel.layers import BilevelRoutingAttention, FocalModulation, HaloAttention
+from visionsel.ops.choice import ORDER
 
 __all__ = [
     "MODES",
@@ -35,7 +36,7 @@ __all__ = [
     "functions",
 ]
 
-OPERATORS = ("neighborhood", "bilevel_routing", "halo", "focal_modulation")
+OPERATORS = tuple(ORDER)
 DENSE = 4096  # tokens: the mask of full attention over more is not worth its memory
 
 

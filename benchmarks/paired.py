@@ -145,7 +145,7 @@ def usable(
 
 
 def time_in_turn(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Clocks]:
-    """Seconds of each function, round by round, after a call of each that is not counted."""
+    """Seconds of each function, round by round, after two calls of each that are not counted."""
     repeats = {name: _repeats(function) for name, function in functions.items()}
     clocks = {name: Clocks([], []) for name in functions}
     for _ in range(rounds):
@@ -177,6 +177,7 @@ def _time(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
 
 
 def _repeats(function: Callable[[], Any], target_seconds: float = 0.05) -> int:
+    function()  # a first call may compile
     seconds, _ = _time(function, 1)
     return max(1, min(100, round(target_seconds / max(seconds, 1e-6))))
 

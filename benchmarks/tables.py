@@ -1,7 +1,8 @@
 """The pages of docs/benchmarks, from what was measured: `python -m benchmarks.tables runs/bench/*.json`.
 
-One page a file, named like it, with the machine's class, versions and the date, and `targets.md`, which
-says of each goal whether it is reached. Nothing on these pages is written by hand.
+One page a file, named like it, with the machine's class, versions and the date, and, where all programs
+with goals are given, `targets.md`, which says of each goal whether it is reached. Nothing on these pages is
+written by hand.
 """
 
 import argparse
@@ -66,9 +67,8 @@ def target_page(results: Sequence[Mapping[str, Any]]) -> str:
     )
     parts = ["# Targets", "<!-- python -m benchmarks.tables runs/bench/*.json -->", about, title]
     parts.append(table(header, rows, markdown=True))
-    judged = [
-        found for found in results if found["program"] in {target.program for target in targets.TARGETS}
-    ]
+    programs = {target.program for target in targets.TARGETS}
+    judged = [found for found in results if found["program"] in programs and targets.is_of_the_goals(found)]
     parts += [f"{TITLES[found['program']]}: {_setting(found)}" for found in judged]
     return "\n\n".join(parts) + "\n"
 
@@ -95,14 +95,16 @@ def _words(value: Any) -> str:
 
 
 def write(paths: Sequence[Path], folder: Path = FOLDER) -> list[Path]:
-    """Write the page of each file of results, and that of the targets; returns the pages.
+    """Write the page of each file of results; returns the pages.
+
+    Where all programs that have goals are among them, the page of the targets is written too.
 
     Raises:
         ValueError: for a file that has no results.
     """
     results = targets.read(paths)
     pages = {path.stem: page(found, path.stem) for path, found in zip(paths, results, strict=True)}
-    if {found["program"] for found in results} & {target.program for target in targets.TARGETS}:
+    if {found["program"] for found in results} >= {target.program for target in targets.TARGETS}:
         pages["targets"] = target_page(results)
     written = []
     for name, text in pages.items():

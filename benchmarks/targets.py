@@ -111,12 +111,13 @@ def judge(results: Iterable[Mapping[str, Any]], targets: Sequence[Target] = TARG
     """
     found: dict[str, Mapping[str, Any]] = {}
     for one in results:
-        if _is_of_the_goals(one) and (one["program"] not in found or one["machine"]["threads"] == 1):
+        if is_of_the_goals(one) and (one["program"] not in found or one["machine"]["threads"] == 1):
             found[one["program"]] = one
     return [_judged(target, found.get(target.program)) for target in targets]
 
 
-def _is_of_the_goals(found: Mapping[str, Any]) -> bool:
+def is_of_the_goals(found: Mapping[str, Any]) -> bool:
+    """Whether results are of one image in float32 on a CPU, as the goals are."""
     options = found.get("options", {})
     plain = options.get("batch", 1) == 1 and options.get("dtype", "float32") == "float32"
     return plain and found["machine"]["device"] == "cpu"
@@ -140,8 +141,7 @@ def _judged(target: Target, found: Mapping[str, Any] | None) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         if len(known) == len(values):
             # a memory goal is of each case, a speed goal of their geometric mean
-            worst_counts = target.program != "ops" and target.program != "models"
-            measured[name] = max(known) if worst_counts else math.prod(known) ** (1 / len(known))
+            measured[name] = math.prod(known) ** (1 / len(known)) if target.is_least else max(known)
     if not measured:
         names = {*target.ours, target.against}
         row["why"] = next(

@@ -1,7 +1,7 @@
 """First weights of a timm backbone: where they come from, and how its features_only form names them.
 
-All programs read files of weights here: releases of timm and of authors, checkpoints of these programs, and
-the small classifiers of the package.
+Classification, detection and segmentation read files of weights here: releases of timm and of authors,
+checkpoints of these programs, and the small classifiers of the package.
 """
 
 from collections.abc import Iterable, Mapping

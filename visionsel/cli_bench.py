@@ -231,7 +231,7 @@ def _add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
         type=count,
         default=rounds,
         metavar="N",
-        help=f"that count, after one of warm-up (default: {rounds})",
+        help=f"that count, after warm-up (default: {rounds})",
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
 from benchmarks import cases, models, ops, paired, roofline, tables, targets
 
@@ -118,13 +119,32 @@ def test_goals_are_judged_on_the_cpu_and_by_one_thread_where_it_was_measured() -
         assert all(row["reached"] is None for row in targets.judge(passed_over))
 
 
+def test_the_targets_have_a_page_where_all_programs_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "page", lambda found, name: f"# {name}")
+    files = []
+    for found in results(1.0):
+        files.append(tmp_path / f"{found['program']}.json")
+        files[-1].write_text(json.dumps(found))
+    written = tables.write(files, tmp_path / "docs")
+    assert [page.name for page in written] == [*(f"{file.stem}.md" for file in files), "targets.md"]
+    assert written[-1].read_text().count("| yes |") == len(targets.TARGETS)
+
+
 def test_goals_are_of_cases_that_are_measured_and_name_every_operator() -> None:
-    names = {case.name for case in cases.at_224()}
+    replaced = {case.name: {*case.prepare().others} for case in cases.at_224()}
     for target in targets.TARGETS:
         if target.program in ("ops", "memory"):
-            assert set(target.cases) <= names
+            assert set(target.cases) <= set(replaced)
+            assert all(target.against in replaced[case] for case in target.cases), target
         elif target.program == "models":
-            assert target.cases[0].split()[0] in {*models.OURS, *models.TIMMS}
+            name, side = target.cases[0].split()
+            assert int(side) == timm.get_pretrained_cfg(name).input_size[1]
+            assert target.against in (
+                {models.OURS[name]} if name in models.OURS else {"timm", "transformers"}
+            )
+            assert name in {*models.OURS, *models.TIMMS}
     of_case = {case.name: case.operator for case in cases.at_224()}
     for program in ("ops", "growth", "memory"):
         own = [case for target in targets.TARGETS if target.program == program for case in target.cases]
@@ -153,7 +173,7 @@ def test_a_page_shows_the_numbers_of_its_file(measured: dict[str, Any], tmp_path
     file = tmp_path / "ops-small.json"
     file.write_text(json.dumps(measured))
     pages = tables.write([file], tmp_path / "docs")
-    assert [page.name for page in pages] == ["ops-small.md", "targets.md"]
+    assert [page.name for page in pages] == ["ops-small.md"]
     text = pages[0].read_text()
     rows = rows_of(text)
     for row, timing in zip(rows, measured["timings"], strict=False):

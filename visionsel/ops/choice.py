@@ -1,6 +1,6 @@
 """Which backend computes a call: the one that is named, or for "auto" the first that can serve it.
 
-`ORDER` has a list for each operator and type of device, as the tables of docs/benchmarks came out. `tiled`
+`ORDER` has a list for each operator and type of device, as `visionsel bench ops` came out on the CPU. `tiled`
 serves every call, so those behind it are taken by name alone: `BEHIND` says why they stand there.
 """
 
