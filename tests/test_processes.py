@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,9 +79,18 @@ def run_together(count: int, work: Callable[[Processes], Any]) -> list[Any]:
 
 
 def finish(
-    path: Path, count: int, batch: int, life: int | None = None, asked: list[int] | None = None
+    path: Path,
+    count: int,
+    batch: int,
+    life: int | None = None,
+    asked: list[int] | None = None,
+    last: threading.Barrier | None = None,
 ) -> list[Any]:
-    """A run of `count` processes; each is killed at the line that is its number `life`."""
+    """A run of `count` processes; each is killed at the line that is its number `life`.
+
+    The first that is killed takes the others with it wherever they are, or, with a barrier `last`, only once
+    all of them are as far.
+    """
 
     def work(processes: Processes) -> list[dict[str, Any]]:
         def measure(start: int, stop: int) -> list[dict[str, Any]]:
@@ -93,6 +103,8 @@ def finish(
             assert 0 <= done <= total <= LINES
             made.append(done)
             if life is not None and len(made) > life:
+                if last is not None:
+                    last.wait(20)
                 raise Killed
 
         batches = [(start, min(start + batch, LINES)) for start in range(0, LINES, batch)]
@@ -148,7 +160,7 @@ def lines_of(path: Path) -> set[int]:
 
 def test_parts_of_other_settings_or_of_another_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    finish(path, 2, 2, 2)
+    finish(path, 2, 2, 2, last=threading.Barrier(2))
     parts = sorted(tmp_path.glob("rows.jsonl.part-*"))
     assert [part.name for part in parts] == ["rows.jsonl.part-0", "rows.jsonl.part-1"]
     before = [part.read_bytes() for part in parts]
@@ -202,6 +214,7 @@ def test_torchrun_writes_and_prints_what_one_process_does(
     evaluation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command line in two real processes: the same file, one table, once."""
+    torch.set_num_threads(1)  # as ENVIRONMENT has it: sums in another order may end otherwise
     command = ["evaluate", *evaluation.split()]
     writes = command[-1] in ("--out", "--csv")
     one, two = ([str(tmp_path / name)] if writes else [] for name in ("one", "two"))
@@ -231,6 +244,7 @@ def test_one_process_finishes_what_two_that_were_killed_began(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL of torchrun and both of its processes, with some answers written."""
+    torch.set_num_threads(1)  # as ENVIRONMENT has it: sums in another order may end otherwise
     limits = ["--limit", "12", "--batch-size", "1"]
     path = tmp_path / "killed.jsonl"
     with subprocess.Popen(
