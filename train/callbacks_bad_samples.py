@@ -9,7 +9,7 @@ one counts twice.
 import csv
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ __all__ = [
     "BadSampleError",
     "ReplaceBadSamples",
     "bad_samples_file",
-    "good_images",
     "good_samples",
     "open_sample",
     "read_bad_samples",
@@ -115,11 +114,6 @@ def good_samples(read: Callable[[int], Any], count: int, report: str | Path) -> 
     if not good:
         raise _none_left(count, report)
     return good
-
-
-def good_images(files: Sequence[str | Path], report: str | Path) -> list[int]:
-    """Positions of the image files that can be read; see `good_samples`."""
-    return good_samples(lambda index: open_sample(files[index]), len(files), report)
 
 
 def _none_left(count: int, report: str | Path) -> ValueError:

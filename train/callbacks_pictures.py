@@ -213,11 +213,13 @@ def _stages(modules: dict[str, nn.Module]) -> tuple[str | None, list[str]]:
         info: Any = getattr(module, "feature_info", None)
         entries = info if isinstance(info, list) else info.get_dicts() if hasattr(info, "get_dicts") else []
         names = [str(entry["module"]) for entry in entries if "module" in entry]
+        if not names:
+            continue
         inside = {
             flat(name.removeprefix(f"{owner}.")): name for name in modules if name.startswith(f"{owner}.")
         }
         found = [inside.get(flat(name)) for name in names]
-        if names and all(found):
+        if all(found):
             return owner, [name for name in found if name]
     return None, []
 

@@ -65,9 +65,10 @@ def build_classifier(
         own = None if weights is None else weights.class_names
         trained = trained or getattr(timm.get_pretrained_cfg(name), "num_classes", classes)
         if trained != classes or own not in (None, list(class_names)):
-            told = f", {own[:3]} ...," if own else ""
+            told = f", {own[:3]} ..." if own else ""
             raise ValueError(
-                f"{checkpoint or name} was trained on {trained} classes{told} not on those of the data"
+                f"{checkpoint or name} was trained on {trained} classes{told}, not on those of the data, "
+                f"{classes}"
             )
     net = build_backbone(
         name,

@@ -15,17 +15,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from train.callbacks_bad_samples import (
-    BadSampleError,
-    ReplaceBadSamples,
-    good_images,
-    good_samples,
-    open_sample,
-)
+from train.callbacks_bad_samples import BadSampleError, open_sample
 from train.detection_transforms import Augmentation, drop_lost_objects, training_transform
 from train.resumable_data import ResumableData
 from visionsel.data.coco import annotation_mask, read_json
@@ -189,7 +183,8 @@ class CocoData(ResumableData):
         for split in wanted:
             self._check(split)
         if stage == "fit":
-            self.train_set = SeededDataset(self._trained(), self.seed)
+            dataset = self._set("train")
+            self.train_set = SeededDataset(self.replaced(dataset, dataset.read, self.verify), self.seed)
             if len(self.train_set) < self.batch_size:
                 raise ValueError(
                     f"{self.root / self.splits['train'][0]} has {len(self.train_set)} images with objects, "
@@ -215,21 +210,9 @@ class CocoData(ResumableData):
         if objects.left_out:
             rank_zero_warn(f"{path}: left out {_some(objects.left_out, '; ')}")
 
-    def _trained(self) -> Dataset[Any]:
-        """Images to train on; with `on_bad` "report" the next good one stands for one that is bad."""
-        dataset = self._set("train")
-        if self.on_bad == "stop":
-            return dataset
-        if self.verify:  # lists them before anything starts
-            good_samples(dataset.read, len(dataset), self.bad_samples)
-        return ReplaceBadSamples(dataset, self.bad_samples)
-
     def _measured(self, split: str) -> Dataset[Any]:
-        """Images to measure on; with `on_bad` "report" those that can be used."""
         dataset = self._set(split)
-        if self.on_bad == "stop":
-            return dataset
-        return Subset(dataset, good_samples(dataset.read, len(dataset), self.bad_samples))
+        return self.left_out(dataset, dataset.read)
 
     def _set(self, split: str) -> "CocoSet":
         folder = self.root / self.splits[split][1]
@@ -256,8 +239,7 @@ class CocoData(ResumableData):
     @cached_property
     def predict_files(self) -> list[Path]:
         """The images of the predict verb, in order; with `on_bad` "report" those that can be read."""
-        files = list_images(self.predict_folder or self.root / self.splits["test"][1])
-        return files if self.on_bad == "stop" else [files[i] for i in good_images(files, self.bad_samples)]
+        return self.readable(list_images(self.predict_folder or self.root / self.splits["test"][1]))
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         count, rank = self.devices()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visionsel.embedded.evaluation import GOALS, MODELS, lookup
+from visionsel.embedded.evaluation import GOALS, MODELS, lookup, scenes_of
 
 __all__ = ["write_cards"]
 
@@ -40,8 +40,7 @@ method gives on a model of seven billion parameters and photographs.
 """
 COST = """\
 Loading all models of the package takes {seconds:.1f} s and {megabytes:.0f} MB in a process that has imported
-the libraries, which takes {import_seconds:.0f} s{caption}: measured on two CPU cores."""
-SHARES = {"classifier": 5, "mask_head": 0.25, "explainprune": 0.25}  # of the scenes of the others
+the libraries, which takes {import_seconds:.0f} s{caption}."""
 
 
 def write_cards(folder: Path, results: dict[int, dict[str, Any]], size: int) -> None:
@@ -66,7 +65,7 @@ def write_cards(folder: Path, results: dict[int, dict[str, Any]], size: int) -> 
         seeds = [str(seed) for seed, result in results.items() if model in result]
         spread = f": the model shipped, then mean and range over the seeds {', '.join(seeds)}"
         quality = QUALITY.format(
-            count=round(SHARES.get(kind, 1) * size),
+            count=scenes_of(model, size),
             spread=spread if len(seeds) > 1 else ", one seed",
             table=_table(model, results),
             cost=COST.format(caption=_caption(model, results[shipped]), **results[shipped]["loading"]),

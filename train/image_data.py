@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from train.callbacks_bad_samples import ReplaceBadSamples, good_images, open_sample
+from train.callbacks_bad_samples import open_sample
 from train.resumable_data import ResumableData
 from visionsel.data import digits
 from visionsel.data.imagefolder import (
@@ -195,7 +195,9 @@ class ImageFolderData(ResumableData):
         if found != self.class_names:
             raise ValueError(f"{self.root / folders[0]} does not have the classes of {self.splits['train']}")
         if stage == "fit":
-            self.train_set = SeededDataset(self._trained(), self.seed)
+            dataset = self._read("train", self.train_transform)
+            kept = self.replaced(dataset, _reader(dataset), self.verify)
+            self.train_set = SeededDataset(kept, self.seed)
             self._check_size("train", len(self.train_set))
         self.measured = {name: self._measured(name) for name in wanted if name != "train"}
 
@@ -243,8 +245,7 @@ class ImageFolderData(ResumableData):
     @cached_property
     def predict_files(self) -> list[Path]:
         """The images of the predict verb, in order; with `on_bad` "report" those that can be read."""
-        files = list_images(self._predict_folder())
-        return files if self.on_bad == "stop" else [files[i] for i in good_images(files, self.bad_samples)]
+        return self.readable(list_images(self._predict_folder()))
 
     def _predict_folder(self) -> str | Path:
         if self.predict_folder is not None:
@@ -254,21 +255,9 @@ class ImageFolderData(ResumableData):
         test = self.root / self.splits["test"]
         return test if test.is_dir() else self.root / self.splits["val"]
 
-    def _trained(self) -> Dataset[Any]:
-        """Images to train on; with `on_bad` "report" the next good one stands for one that is bad."""
-        dataset = self._read("train", self.train_transform)
-        if self.on_bad == "stop":
-            return dataset
-        if self.verify:  # lists them before anything starts
-            good_images([path for path, _ in dataset.samples], self.bad_samples)
-        return ReplaceBadSamples(dataset, self.bad_samples)
-
     def _measured(self, split: str) -> Dataset[Any]:
-        """Images to measure on; with `on_bad` "report" those that can be read."""
         dataset = self._read(split, self.transform)
-        if self.on_bad == "stop":
-            return dataset
-        return Subset(dataset, good_images([path for path, _ in dataset.samples], self.bad_samples))
+        return self.left_out(dataset, _reader(dataset))
 
     def _read(self, split: str, transform: Callable[..., Tensor]) -> ImageFolder:
         folder = read_image_folder(self.root / self.splits[split], transform)
@@ -306,6 +295,11 @@ class ImageFolderData(ResumableData):
         loading = self.loading()
         del loading["persistent_workers"]
         return ShardLoader(stream, **loading)
+
+
+def _reader(dataset: ImageFolder) -> Callable[[int], Any]:
+    """Reads the image of a position."""
+    return lambda index: open_sample(dataset.samples[index][0])
 
 
 class _Files(Dataset[tuple[Tensor, int]]):

@@ -1,13 +1,14 @@
 """Data modules whose training goes on inside an epoch: what those of all programs share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from train.callbacks_bad_samples import read_bad_samples
+from train.callbacks_bad_samples import ReplaceBadSamples, good_samples, open_sample, read_bad_samples
 from visionsel.data.resumable import EpochSampler, ResumableLoader
 
 __all__ = ["ResumableData"]
@@ -93,6 +94,33 @@ class ResumableData(LightningDataModule):
             return
         if bad := read_bad_samples(self.bad_samples):
             print(f"{len(bad)} bad sample{'s' if len(bad) > 1 else ''} in {self.bad_samples}")
+
+    def replaced(self, dataset: Any, read: Callable[[int], Any], verify: bool) -> Dataset[Any]:
+        """What to train on: with `on_bad` "report" the next good sample stands for one that is bad.
+
+        Args:
+            dataset: raises `BadSampleError` for a bad sample.
+            read: a sample as it lies in the files, by its position.
+            verify: list the bad ones before anything starts.
+        """
+        if self.on_bad == "stop":
+            return dataset
+        if verify:
+            good_samples(read, len(dataset), self.bad_samples)
+        return ReplaceBadSamples(dataset, self.bad_samples)
+
+    def left_out(self, dataset: Any, read: Callable[[int], Any]) -> Dataset[Any]:
+        """What to measure on: with `on_bad` "report" only the samples that can be used; see `replaced`."""
+        if self.on_bad == "stop":
+            return dataset
+        return Subset(dataset, good_samples(read, len(dataset), self.bad_samples))
+
+    def readable(self, files: list[Path]) -> list[Path]:
+        """With `on_bad` "report" only the image files that can be read."""
+        if self.on_bad == "stop":
+            return files
+        good = good_samples(lambda index: open_sample(files[index]), len(files), self.bad_samples)
+        return [files[index] for index in good]
 
     def loading(self) -> dict[str, Any]:
         """Arguments of every loader, by name: Lightning makes some loaders again from them."""

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from train.callbacks_bad_samples import BadSampleError, ReplaceBadSamples, good_samples, open_sample
+from train.callbacks_bad_samples import BadSampleError, open_sample
 from train.resumable_data import ResumableData
 from train.segmentation_files import (
     ADE20K_NAMES,
@@ -160,19 +160,14 @@ class SegmentationData(ResumableData):
             )
             if len(train) < self.batch_size:
                 raise ValueError(f"{len(train)} training images are fewer than batch_size {self.batch_size}")
-            if self.verify:
-                self._check(train)
-            kept = train if self.on_bad == "stop" else ReplaceBadSamples(train, self.bad_samples)
-            self.train_set = SeededDataset(kept, self.seed)
+            self._check(train)
+            self.train_set = SeededDataset(self.replaced(train, train.read, self.verify), self.seed)
         split = "test" if stage == "test" else "val"
         measured = LabelledImages(
             self._pairs(split), len(self.class_names), self.reduce_zero_label, self._unlabelled
         )
-        self.eval_set: Dataset[Any] = measured
-        if self.on_bad == "report":
-            self.eval_set = Subset(measured, good_samples(measured.read, len(measured), self.bad_samples))
-        elif self.verify:
-            self._check(measured)
+        self._check(measured)
+        self.eval_set = self.left_out(measured, measured.read)
 
     def _pairs(self, split: str) -> list[tuple[Path, Path]]:
         images, masks = (self.root / folder.format(split=self.splits[split]) for folder in self.folders)
@@ -189,8 +184,8 @@ class SegmentationData(ResumableData):
         return self.transform(image), labels
 
     def _check(self, dataset: LabelledImages) -> None:
-        if self.on_bad == "report":
-            good_samples(dataset.read, len(dataset), self.bad_samples)
+        """Refuse bad samples before anything starts, where that is wanted."""
+        if self.on_bad == "report" or not self.verify:
             return
         errors = []
         for index in range(len(dataset)):
@@ -209,9 +204,7 @@ class SegmentationData(ResumableData):
             raise ValueError(f"{self.predict_path} holds images that differ in their ending only")
         self.predict_files, self.predict_names = files, names
         dataset = _Files(files, self.transform)
-        if self.on_bad == "report":
-            return Subset(dataset, good_samples(dataset.read, len(dataset), self.bad_samples))
-        return dataset
+        return self.left_out(dataset, dataset.read)
 
     @property
     def predict_path(self) -> Path:

@@ -264,7 +264,7 @@ def test_nothing_is_compiled_for_empty_tensors_and_tracers(
     assert compiler == []
 
 
-def test_it_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_why_it_cannot_serve() -> None:
     for name in CASES:
         operator, args = CASES[name]()
         _, _, why_not = functions(operator)

@@ -87,7 +87,7 @@ def test_weights_without_a_classifier_are_a_backbone(tmp_path) -> None:
     assert same(build_backbone("nat_mini", NAT, weights), trained)
 
 
-def test_the_classifiers_of_the_package_start_every_program() -> None:
+def test_the_classifiers_of_the_package_start_every_program(tmp_path) -> None:
     shipped = load_classifier("biformer")
     net = SegmentationNet("upernet", "biformer_tiny", 3, BIFORMER, {"decoder_channels": 8})
     load_encoder(net, "biformer_tiny", BIFORMER, False, "embedded:biformer")
@@ -99,6 +99,9 @@ def test_the_classifiers_of_the_package_start_every_program() -> None:
     assert tuple(classifier.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match=r"embedded:biformer was trained on 10 classes, \['circle'.* not on"):
         build_classifier("biformer_tiny", SHAPES[::-1], preprocessing, *arguments)
+    bare = write("bare", nat().state_dict(), tmp_path)
+    with pytest.raises(ValueError, match="was trained on 7 classes, not on those of the data, 2"):
+        build_classifier("nat_mini", ["a", "b"], preprocessing, NAT, False, bare, None, True)
     with pytest.raises(ValueError, match="unknown classifier 'resnet'; choose one of biformer"):
         read_backbone_weights("embedded:resnet", "resnet18")
     with pytest.raises(ValueError, match=r"nat_mini with model_args .* and the weights of embedded:biformer"):

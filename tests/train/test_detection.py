@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.train.conftest import record_losses
 from tests.train.detection_mini import CATEGORIES, make_coco, make_config
 from train.detection import DetectionCLI, Detector, main
 from train.detection_data import CocoData
@@ -156,22 +157,14 @@ def test_results_scored_by_pycocotools_give_the_logged_numbers(trained, coco, tm
 def test_a_resumed_run_has_the_losses_and_weights_of_an_uninterrupted_one(
     trained, tmp_path, monkeypatch
 ) -> None:
-    losses = []
-    original = Detector.training_step
-
-    def recorded(self: Detector, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = original(self, batch, batch_idx)
-        losses.append(loss.item())
-        return loss
-
-    monkeypatch.setattr(Detector, "training_step", recorded)
+    losses = record_losses(monkeypatch, Detector)
     config = yaml.safe_load((trained.parent / "config.yaml").read_text())
     for callback, name in zip(config["trainer"]["callbacks"], ("all", "checkpoints"), strict=True):
         callback["init_args"]["dirpath"] = str(tmp_path / name)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "output": str(tmp_path / "run")}))
     middle = trained.parent / "all" / "step=2.ckpt"
     assert main(["fit", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(middle)]) == 0
-    assert losses == pytest.approx(rows(trained, "train/loss_step")[2:], abs=1e-5)
+    assert list(losses.values()) == pytest.approx(rows(trained, "train/loss_step")[2:], abs=1e-5)
     whole = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     again = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     for part in ("state_dict", "current_model_state"):

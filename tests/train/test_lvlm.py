@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.train.conftest import record_losses, run_writer
 from train.lvlm import LVLM, LVLMCLI, blind_mask, main, turn_mask
 from train.lvlm_data import KINDS, LVLMData, Stage, dense_targets
 from train.shapes_data import training_seed
@@ -194,32 +195,9 @@ def test_a_stage_has_its_scenes_and_its_questions() -> None:
 
 @pytest.fixture
 def write_config(tmp_path):
-    def write(**parts: Any) -> Path:
-        config: dict[str, Any] = {
-            "output": str(tmp_path / "run"),
-            "trainer": {
-                "max_epochs": 2,
-                "accelerator": "cpu",
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-            "model": {"architecture": SMALL},
-            "data": {
-                "batch_size": 4,
-                "epoch_size": 12,
-                "val_size": 4,
-                "stages": [{"epochs": 1, "text": False}, {"epochs": 1, "questions": 3}],
-            },
-        }
-        for part, values in parts.items():
-            config[part] = {**config[part], **values} if isinstance(values, dict) else values
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        return path
-
-    return write
+    stages = [{"epochs": 1, "text": False}, {"epochs": 1, "questions": 3}]
+    data = {"batch_size": 4, "epoch_size": 12, "val_size": 4, "stages": stages}
+    return run_writer(tmp_path, model={"architecture": SMALL}, data=data)
 
 
 @pytest.mark.slow
@@ -268,24 +246,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, write_conf
     }
     callbacks = [{"class_path": path, "init_args": every}]
     config = write_config(trainer={"callbacks": callbacks})
-    losses: list[float] = []
-    step = LVLM.training_step
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        losses.append(loss.item())
-        return loss
-
-    monkeypatch.setattr(LVLM, "training_step", recorded)
+    losses = record_losses(monkeypatch, LVLM)
     assert main(["fit", "--config", str(config)]) == 0
-    whole = list(losses)
+    whole = list(losses.values())
     assert len(whole) == 6
     checkpoints = {int(p.stem.split("=")[1]): p for p in (tmp_path / "all").glob("*.ckpt")}
     for done in (4, 3, 2):  # no resumed run has written a checkpoint that a later one starts from
         losses.clear()
         arguments = ["--output", str(tmp_path / f"again{done}"), "--ckpt_path", str(checkpoints[done])]
         assert main(["fit", "--config", str(config), *arguments]) == 0
-        assert losses == pytest.approx(whole[done:], abs=1e-6)
+        assert list(losses.values()) == pytest.approx(whole[done:], abs=1e-6)
 
 
 @pytest.mark.slow

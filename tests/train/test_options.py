@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
+from tests.train.conftest import run_writer
 from train import classification, clip
 
 
@@ -68,15 +68,11 @@ def test_a_run_stops_early_by_lightnings_callback(tmp_path, write_config) -> Non
 
 @pytest.mark.parametrize("tower", ["biformer_tiny", "nat_mini", "dinat_mini", "focalnet_tiny_srf"])
 def test_other_backbones_are_towers_of_clip(tmp_path, tower) -> None:
-    config = {
-        "output": str(tmp_path / "run"),
-        "trainer": {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False},
-        "model": {"vision_args": {"timm_model_name": tower}, "warmup": 0.0},
-        "data": {"batch_size": 2, "epoch_size": 4, "val_size": 2},
-    }
-    config["trainer"] |= {"enable_model_summary": False}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = run_writer(tmp_path)(
+        trainer={"fast_dev_run": True},
+        model={"vision_args": {"timm_model_name": tower}, "warmup": 0.0},
+        data={"batch_size": 2, "epoch_size": 4, "val_size": 2},
+    )
     built: list[clip.ClipTraining] = []
     step = clip.ClipTraining.training_step
 

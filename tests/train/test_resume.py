@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.conftest import clean_processes
+from tests.train.conftest import clean_processes, record_losses
 from train.classification import ImageClassifier, main
 
 RECIPE = {"mixup": 0.4, "cutmix": 0.5, "label_smoothing": 0.1, "ema_decay": 0.8, "warmup_epochs": 1}
@@ -39,24 +39,9 @@ def checkpoints(folder: Path) -> list[dict]:
     return [{"class_path": path, "init_args": {**common, **args}} for args in (every, ends, validated)]
 
 
-def record_losses(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
-    """Loss of every batch (epoch, index) trained on; empty it before a run."""
-    seen: dict[tuple[int, int], float] = {}
-    step = ImageClassifier.training_step
-
-    def recorded(self, batch, batch_idx):
-        loss = step(self, batch, batch_idx)
-        assert (self.current_epoch, batch_idx) not in seen
-        seen[self.current_epoch, batch_idx] = loss.item()
-        return loss
-
-    monkeypatch.setattr(ImageClassifier, "training_step", recorded)
-    return seen
-
-
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
-    return record_losses(monkeypatch)
+    return record_losses(monkeypatch, ImageClassifier)
 
 
 def assert_same_state(found: dict, expected: dict) -> None:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from tests.train.test_resume import checkpoints, record_losses
-from train.classification import ClassificationCLI, main
+from tests.train.conftest import record_losses
+from tests.train.test_resume import checkpoints
+from train.classification import ClassificationCLI, ImageClassifier, main
 from train.image_data import ImageFolderData
 from visionsel.data.shards import ShardLoader, Shards, ShardStream, buffer_order, find_shards, index_shards
 
@@ -206,7 +207,7 @@ def data(root) -> dict:
 def test_a_resumed_run_over_shards_has_the_losses_of_an_uninterrupted_one(
     tmp_path, write_config, data, monkeypatch
 ) -> None:
-    losses = record_losses(monkeypatch)
+    losses = record_losses(monkeypatch, ImageClassifier)
     folder = tmp_path / "checkpoints"
     trainer = {"callbacks": checkpoints(folder)[:1]}
     whole = write_config(data=data, trainer=trainer)

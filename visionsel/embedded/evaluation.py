@@ -91,6 +91,13 @@ def check_goals(results: dict[str, Any]) -> list[tuple[Goal, float, bool]]:
     return [(goal, value, goal.holds(value)) for goal, value in found if value is not None]
 
 
+def scenes_of(model: str, size: int) -> int:
+    """How many scenes of each kind a model is measured on."""
+    if model.startswith("classifier_"):
+        return 5 * size
+    return max(1, size // 4) if model in ("mask_head", "explainprune") else size
+
+
 def evaluate_embedded(
     folder: str | Path = WEIGHTS,
     models: Sequence[str] = MODELS,
@@ -127,7 +134,7 @@ def evaluate_embedded(
     folder = Path(folder)
     say = progress or (lambda text: None)
     scenes = {name: list(ShapesWorld(name, seed, size)) for name in ("train", "balanced", "anti")}
-    quarter = {name: some[: max(1, size // 4)] for name, some in scenes.items()}
+    quarter = {name: some[: scenes_of("mask_head", size)] for name, some in scenes.items()}
 
     def measured(name: str) -> dict[str, Any]:
         say(name)
@@ -146,7 +153,7 @@ def evaluate_embedded(
             head, lvlm = load_mask_head(folder / name, folder / "segmenter"), load_lvlm(folder / "lvlm")
             return {part: measure_mask_head(head, *lvlm, some) for part, some in quarter.items()}
         classifier = load_classifier(name.removeprefix("classifier_"), folder / name)
-        singles = ShapesWorld("balanced", seed, 5 * size, max_objects=1)
+        singles = ShapesWorld("balanced", seed, scenes_of(name, size), max_objects=1)
         return {"single": measure_classifier(classifier, singles)}
 
     results = dict(zip(models, processes.share(models, measured), strict=True))
