@@ -165,6 +165,18 @@ def test_an_export_names_what_is_in_the_way_before_it_traces(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_step_of_onnx_asks_for_what_it_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    path = tmp_path / "a.onnx"
+    for step, missing in (
+        (lambda: export.export_onnx(None, path), "onnx, onnxscript"),
+        (lambda: export.onnx_function(path), "onnxruntime"),
+        (lambda: export.write_onnx(Moody(), path, (64, 64)), "onnx, onnxscript, onnxruntime"),
+    ):
+        with pytest.raises(ImportError, match=f"ONNX needs {missing}: pip install"):
+            step()
+
+
 def test_an_export_that_gives_other_logits_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other logits than the model for images of \[1, 3, 320, 320\]"):
         export.write_program(Moody(), tmp_path / "a.pt2", (320, 320))

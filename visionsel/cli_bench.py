@@ -20,10 +20,11 @@ from visionsel.cli_text import (
     table,
     writing,
 )
+from visionsel.ops.choice import ORDER
 
 __all__ = ["add_bench"]
 
-OPERATORS = ("neighborhood", "bilevel_routing", "halo", "focal_modulation")
+OPERATORS = tuple(ORDER)
 EXAMPLES = (
     "visionsel bench --explain",
     "visionsel bench ops --rounds 5 --threads 2",

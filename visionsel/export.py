@@ -87,7 +87,7 @@ def export_onnx(program: Any, path: str | Path) -> None:
     Raises:
         ImportError: without the extra "export".
     """
-    _require_onnx()
+    _require_onnx("onnx", "onnxscript")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     torch.onnx.export(
         program,
@@ -110,7 +110,7 @@ def write_onnx(
         ImportError: without the extra "export".
         ValueError: see `export_program`; or when onnxruntime does not give the model's logits.
     """
-    _require_onnx()  # before a minute of tracing
+    _require_onnx("onnx", "onnxscript", "onnxruntime")  # before a minute of tracing
     path = Path(path)
     program = export_program(model, size, dynamic)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,15 +129,15 @@ def onnx_function(path: str | Path) -> Callable[[Tensor], Tensor]:
     Raises:
         ImportError: without the extra "export".
     """
-    _require_onnx()
+    _require_onnx("onnxruntime")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"image": images.cpu().numpy()})[0])
 
 
-def _require_onnx() -> None:
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+def _require_onnx(*packages: str) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise ImportError(f'ONNX needs {", ".join(missing)}: pip install "visionsel[export]"')
 
 

@@ -1,25 +1,15 @@
-"""The Triton kernels against the reference in float64: results and every gradient.
+"""The Triton kernels against the reference in float64: results and every gradient. See `kernels.py`."""
 
-Without a GPU triton's interpreter runs them on the CPU, in a process of its own, since TRITON_INTERPRET
-changes whatever else uses triton. `python -m tests.ops.test_bilevel_routing_triton` is that process.
-"""
-
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from visionsel.ops import gpu
+from tests.ops import kernels
 from visionsel.ops.bilevel_routing import triton
 from visionsel.ops.bilevel_routing.reference import reference
 
@@ -145,47 +135,11 @@ def small(device: str) -> tuple[Any, ...]:
     return q, k, v, (1, 3), 0.3, index, weight
 
 
-def the_compiler_takes_it_as_one_graph(device: str) -> None:
-    def attend(*call: Tensor) -> Tensor:
-        assert triton.why_not(*call) is None
-        return triton.triton(*call)
-
-    call = small(device)
-    inputs = [x for x in call if isinstance(x, Tensor) and x.requires_grad]
-    # aot_eager: the graph and its gradient as the compiler sees them, without minutes of code generation
-    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*call)
-    expected = attend(*call)
-    assert torch.equal(out, expected)
-    grads = torch.autograd.grad(out.square().sum(), inputs)
-    for grad, truth in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
-        torch.testing.assert_close(grad, truth, rtol=0, atol=1e-6)
-
-
 def the_operator_is_registered_as_torch_wants(device: str) -> None:
     q, k, v, grid, scale, index, weight = small(device)
     for w in (weight, None):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(triton.attention, (q, k, v, index, w, *grid, scale), test_utils=tests)
-
-
-def autocast_attends_in_half_precision(device: str) -> None:
-    q, k, v, *rest = small(device)
-    expected = triton.triton(q, k, v, *rest)
-    with torch.autocast(device, torch.bfloat16):
-        out = triton.triton(q, k, v, *rest)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0, atol=8 * 2**-7)
-    out.float().square().sum().backward()
-    assert q.grad is not None
-    assert q.grad.dtype == torch.float32
-
-
-def an_expanded_gradient_is_read_as_it_is(device: str) -> None:
-    call = small(device)
-    inputs = [x for x in call if isinstance(x, Tensor) and x.requires_grad]
-    grads = torch.autograd.grad(triton.triton(*call).sum(), inputs)
-    plain = torch.autograd.grad(triton.triton(*call), inputs, torch.ones(1, 2, 6, 1, 16, device=device))
-    assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
 
 
 def all_windows_are_plain_attention(device: str) -> None:
@@ -201,34 +155,21 @@ def an_empty_batch_is_served(device: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
-    check.__name__: check
-    for check in (
-        the_compiler_takes_it_as_one_graph,
-        the_operator_is_registered_as_torch_wants,
-        autocast_attends_in_half_precision,
-        an_expanded_gradient_is_read_as_it_is,
-        all_windows_are_plain_attention,
-        an_empty_batch_is_served,
-    )
+    **kernels.shared_checks(triton, small),
+    **{
+        check.__name__: check
+        for check in (
+            the_operator_is_registered_as_torch_wants,
+            all_windows_are_plain_attention,
+            an_empty_batch_is_served,
+        )
+    },
 }
 
 
 @pytest.mark.slow
 def test_the_interpreted_kernels_equal_the_reference() -> None:
-    if not gpu.installed():
-        pytest.skip("needs triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    failures = json.loads(done.stdout.splitlines()[-1])
-    assert not failures, "\n".join(f"{name}: {what}" for name, what in failures.items())
+    kernels.assert_interpreted(__name__)
 
 
 @pytest.mark.gpu
@@ -268,42 +209,5 @@ def test_the_routing_turned_round_names_every_reader(windows: int) -> None:
             assert readers == [place for place, named in enumerate(flat) if named == window]
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"dtype": torch.float16}, None),
-        ({"dtype": torch.float64}, "float32, float16 or bfloat16, the tensors are torch.float64"),
-        ({"dim": 257}, "head dims up to 256, got 257"),
-        ({"interpreted": False}, "run on cuda, the tensors are on cpu"),
-        ({"installed": False}, "pip install triton; it comes with PyTorch for CUDA on Linux"),
-    ],
-)
-def test_the_reason_against_a_call_is_told(
-    changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("interpreted", "installed"):
-        monkeypatch.setattr(gpu, name, lambda name=name: changes.get(name, True))
-    x = torch.zeros(1, 4, 4, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
-    told = triton.why_not(x, x, x, (2, 2), 1.0, torch.zeros(1, 4, 1, dtype=torch.int64), None)
-    assert told is None if reason is None else reason in str(told)
-
-
-def main() -> None:
-    """Run everything by the interpreter; the last line is JSON: what failed, and how."""
-    kernels = f"{triton.__name__}_kernels"
-    failures = {"the import": "it decorates the kernels"} if kernels in sys.modules else {}
-    runs: dict[str, Callable[[], None]] = {
-        **{name: partial(compare, case, "cpu") for name, case in CASES.items()},
-        **{name: partial(check, "cpu") for name, check in CHECKS.items()},
-    }
-    for name, attempt in runs.items():
-        try:
-            attempt()
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
-
-
 if __name__ == "__main__":
-    main()
+    kernels.report(triton, {name: partial(compare, case) for name, case in CASES.items()} | CHECKS)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from visionsel import ops
 from visionsel.cli import main
 from visionsel.cli_explain import explain
 from visionsel.ops import (
@@ -65,6 +66,18 @@ def test_backends_are_explained_as_they_are_taken(
     assert lines[2].split() == ["operator", "call", "auto", "takes", "not", "because"]
     assert main(["bench", "--explain", "--json", "--markdown"]) == 1
     assert "choose one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operator", choice.ORDER)
+def test_the_backends_of_every_machine_are_listed_best_first(operator: str) -> None:
+    plain = ["tiled", "reference"]
+    assert [name for name in ops.backends(operator) if name in plain] == plain
+    assert all(callable(getattr(ops, name)) for name in ops.__all__)  # the functions, not their packages
+
+
+def test_an_operator_that_there_is_not_is_told() -> None:
+    with pytest.raises(ValueError, match="unknown operator 'window'; choose one of neighborhood, bilevel_"):
+        ops.backends("window")
 
 
 def test_auto_takes_the_first_that_can_serve_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

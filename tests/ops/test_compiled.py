@@ -78,9 +78,9 @@ CASES: dict[str, Callable[..., Case]] = {
 
 def functions(operator: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Any]:
     """The reference, the compiled backend and its `why_not`."""
-    folder = f"visionsel.ops.{operator}"
-    module = import_module(f"{folder}.compiled")
-    return import_module(f"{folder}.reference").reference, module.compiled, module.why_not
+    package = import_module(f"visionsel.ops.{operator}")
+    backend = package.BACKENDS["compiled"]
+    return import_module(f"{package.__name__}.reference").reference, backend.run, backend.why_not
 
 
 def leaves(args: list[Any], device: str = "cpu") -> tuple[list[Any], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_tiles_hold_the_neighbors_and_the_mask_keeps_them(
     dilation: tuple[int, int],
     biased: bool,
 ) -> None:
-    monkeypatch.setattr(neighborhood, "flex_attention", by_blocks)
+    monkeypatch.setattr(flexible, "flex_attention", by_blocks)
     q, k, v = maps(2, *size, 2, 3, value_dim=5)
     bias = table(2, kernel) if biased else None
     assert_same(neighborhood, (q, k, v, kernel, dilation, bias, 0.7), ATOL[q.dtype])
@@ -184,14 +185,14 @@ def test_blocks_are_the_routed_windows(
     keys: tuple[int, int],
     topk: int,
 ) -> None:
-    monkeypatch.setattr(bilevel, "flex_attention", by_blocks)
+    monkeypatch.setattr(flexible, "flex_attention", by_blocks)
     q, k, v = windowed_maps(windows, queries, keys)
     assert_same(bilevel, (q, k, v, windows, 0.7, routing(windows, topk)), ATOL[q.dtype])
 
 
 @pytest.mark.parametrize("tokens", [(3, 3), (4, 4)], ids=["padded", "whole blocks"])
 def test_windows_named_twice_count_twice(monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, int]) -> None:
-    monkeypatch.setattr(bilevel, "flex_attention", by_blocks)
+    monkeypatch.setattr(flexible, "flex_attention", by_blocks)
     q, k, v = windowed_maps((2, 2), tokens, tokens)
     index = torch.tensor([[0, 0, 3], [1, 2, 3], [2, 2, 2], [3, 1, 3]]).expand(2, -1, -1)
     # the logarithm of the number of times is a float32
@@ -199,7 +200,7 @@ def test_windows_named_twice_count_twice(monkeypatch: pytest.MonkeyPatch, tokens
 
 
 def test_without_an_index_every_window_attends_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bilevel, "flex_attention", by_blocks)
+    monkeypatch.setattr(flexible, "flex_attention", by_blocks)
     q, k, v = windowed_maps((2, 3), (3, 3), (2, 1))
     every = torch.arange(6).expand(2, 6, 6)
     out = bilevel.attend(q, k, v, (2, 3), 0.7, None)
@@ -215,15 +216,14 @@ def test_blocks_have_the_sizes_that_the_kernels_take(tokens: int, block: int) ->
     assert bilevel.block_size(tokens) == block
 
 
-@MODULES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("blocks", [(64, 64), (16, 16), (64, 16), (16, 64), (192, 32)])
 def test_tile_sizes_divide_the_blocks_and_each_other(
-    module: ModuleType, dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]
+    dtype: torch.dtype, head_dim: int, blocks: tuple[int, int]
 ) -> None:
     x = torch.empty(1, 1, 1, head_dim, dtype=dtype)
-    options = module.kernel_options(x, x, *blocks)
+    options = flexible.kernel_options(x, x, *blocks)
     for name, size in options.items():
         if "BLOCK" in name:
             assert size >= 16
@@ -325,21 +325,24 @@ def test_the_compiled_routing_masks_padding_and_counts_repeated_windows() -> Non
 @pytest.mark.usefixtures("cpu_kernel")
 @torch.no_grad()
 def test_inside_torch_compile_they_join_its_graph() -> None:
-    q, k, v = maps(2, 12, 12, 2, 8, dtype=torch.float32)
-    bias, index = table(2, (5, 5), torch.float32), routing((2, 2), 3)
+    # weights ask for gradients where none is recorded
+    q, k, v = (x.requires_grad_() for x in maps(2, 12, 12, 2, 8, dtype=torch.float32))
+    bias, index = table(2, (5, 5), torch.float32).requires_grad_(), routing((2, 2), 3)
 
-    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
             neighborhood.flex(q, k, v, (5, 5), (2, 1), bias, 0.3),
             bilevel.flex(q, k, v, (2, 2), 0.3, index, None),
+            bilevel.flex(q, k, v, (2, 2), 0.3, None, None),
         )
 
     # aot_eager: the graph as the compiler sees it, without the time for kernels
-    near, routed = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
+    near, routed, whole = torch.compile(model, fullgraph=True, backend="aot_eager")(q, k, v)
     expected = neighborhood_reference(q, k, v, (5, 5), (2, 1), bias, 0.3)
     torch.testing.assert_close(near, expected, rtol=0, atol=ATOL[q.dtype])
-    expected = routed_reference(q, k, v, (2, 2), 0.3, index, None)
-    torch.testing.assert_close(routed, expected, rtol=0, atol=ATOL[q.dtype])
+    for out, named in ((routed, index), (whole, torch.arange(4).expand(2, 4, 4))):
+        expected = routed_reference(q, k, v, (2, 2), 0.3, named, None)
+        torch.testing.assert_close(out, expected, rtol=0, atol=ATOL[q.dtype])
 
 
 CALLS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
@@ -366,13 +369,17 @@ def test_it_says_what_it_cannot_serve(module: ModuleType) -> None:
     assert "the tensors are on meta" in module.why_not(*call(module, x.to("meta")))
     assert "a tensor is empty" in module.why_not(*call(module, x[..., :0]))
     on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, shape=(1, 8, 8, 1, 8))
-    assert "CUDA kernels need head dims of at least 16, got 8 and 8" in module.refusal(
+    assert "CUDA kernels need head dims of at least 16, got 8 and 8" in flexible.refusal(
         on_cuda, on_cuda, False
     )
     leaf = x.clone().requires_grad_()
-    assert "no backward on the CPU" in module.why_not(*call(module, leaf))
-    with pytest.raises(NotImplementedError, match=r"cannot serve this call: .* no backward on the CPU"):
-        module.flex(*call(module, leaf))
+    reason = "no backward on the CPU"
+    assert reason in module.why_not(*call(module, leaf))
+    by_name = partial(neighborhood_attention, kernel_size=3, backend="flex")
+    if module is bilevel:
+        by_name = partial(bilevel_routing_attention, num_windows=2, topk=2, backend="flex")
+    with pytest.raises(NotImplementedError, match=f"'flex' cannot serve this call: .* {reason}"):
+        by_name(leaf, leaf, leaf)
 
 
 def test_a_bias_that_learns_is_training_and_a_weight_is_refused() -> None:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visionsel import ops
 from visionsel.ops.focal_modulation import focal_modulation
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
@@ -238,9 +237,3 @@ def test_integers_are_refused() -> None:
     whole = {name: case[name].long() for name in ("query", "context", "gates")}
     with pytest.raises(ValueError, match=r"must be floating point, got torch\.int64"):
         focal_modulation(**{**case, **whole})
-
-
-def test_the_operator_is_listed_with_its_backends() -> None:
-    plain = ("tiled", "reference")
-    assert tuple(name for name in ops.backends("focal_modulation") if name in plain) == plain
-    assert ops.focal_modulation is focal_modulation

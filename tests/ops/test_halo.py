@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from visionsel import ops
 from visionsel.ops.halo import halo_attention
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
@@ -172,12 +171,6 @@ def test_the_default_scale_is_that_of_the_head_dim() -> None:
     q, k, v, rel_h, rel_w = draw(head_dim=16)
     expected = halo_attention(q, k, v, 4, 1, rel_h, rel_w, scale=0.25)
     assert torch.equal(halo_attention(q, k, v, 4, 1, rel_h, rel_w), expected)
-
-
-def test_ops_lists_the_backends_best_first() -> None:
-    plain = ("tiled", "reference")
-    assert tuple(name for name in ops.backends("halo") if name in plain) == plain
-    assert ops.halo_attention is halo_attention
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])

@@ -1,14 +1,5 @@
-"""The Triton kernels against the reference in float64: results and every gradient.
+"""The Triton kernels against the reference in float64: results and every gradient. See `kernels.py`."""
 
-Without a GPU triton's interpreter runs them on the CPU, in a process of its own, since TRITON_INTERPRET
-changes whatever else uses triton. `python -m tests.ops.test_neighborhood_triton` is that process.
-"""
-
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import kernels
 from visionsel.ops import gpu
 from visionsel.ops.neighborhood import triton
 from visionsel.ops.neighborhood.reference import reference
@@ -142,25 +134,6 @@ def small(device: str) -> tuple[Any, ...]:
     return q, k, v, (1, 3), (2, 1), bias, 0.3
 
 
-def inputs_of(call: tuple[Any, ...]) -> list[Tensor]:
-    return [x for x in call if isinstance(x, Tensor)]
-
-
-def the_compiler_takes_it_as_one_graph(device: str) -> None:
-    def attend(*call: Any) -> Tensor:
-        assert triton.why_not(*call) is None
-        return triton.triton(*call)
-
-    call = small(device)
-    # aot_eager: the graph and its gradient as the compiler sees them, without minutes of code generation
-    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(*call)
-    expected = attend(*call)
-    assert torch.equal(out, expected)
-    grads = torch.autograd.grad(out.square().sum(), inputs_of(call))
-    for grad, truth in zip(grads, torch.autograd.grad(expected.square().sum(), inputs_of(call)), strict=True):
-        torch.testing.assert_close(grad, truth, rtol=0, atol=1e-6)
-
-
 def the_operator_is_registered_as_torch_wants(device: str) -> None:
     q, k, v, kernel, dilation, bias, scale = small(device)
     for table in (bias, None):
@@ -171,27 +144,6 @@ def the_operator_is_registered_as_torch_wants(device: str) -> None:
         needed = [True, False, True, table is not None]
         rest = (q, k, v, table, out, sums, kernel, dilation, scale)
         torch.library.opcheck(triton.gradients, (needed, out, *rest), test_utils=tests)
-
-
-def autocast_attends_in_half_precision(device: str) -> None:
-    q, k, v, *rest = small(device)
-    expected = triton.triton(q, k, v, *rest)
-    with torch.autocast(device, torch.bfloat16):
-        out = triton.triton(q, k, v, *rest)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0, atol=8 * 2**-7)
-    out.float().square().sum().backward()
-    assert q.grad is not None
-    assert q.grad.dtype == rest[2].grad.dtype == torch.float32
-
-
-def an_expanded_gradient_is_served(device: str) -> None:
-    call = small(device)
-    grads = torch.autograd.grad(triton.triton(*call).sum(), inputs_of(call))
-    plain = torch.autograd.grad(
-        triton.triton(*call), inputs_of(call), torch.ones(1, 2, 4, 1, 16, device=device)
-    )
-    assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
 
 
 def an_empty_batch_is_served(device: str) -> None:
@@ -209,33 +161,20 @@ def a_second_derivative_is_refused(device: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
-    check.__name__: check
-    for check in (
-        the_compiler_takes_it_as_one_graph,
-        the_operator_is_registered_as_torch_wants,
-        autocast_attends_in_half_precision,
-        an_expanded_gradient_is_served,
-        an_empty_batch_is_served,
-        a_second_derivative_is_refused,
-    )
+    **kernels.shared_checks(triton, small),
+    **{
+        check.__name__: check
+        for check in (
+            the_operator_is_registered_as_torch_wants,
+            an_empty_batch_is_served,
+            a_second_derivative_is_refused,
+        )
+    },
 }
 
 
 def test_the_interpreted_kernels_equal_the_reference() -> None:
-    if not gpu.installed():
-        pytest.skip("needs triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    failures = json.loads(done.stdout.splitlines()[-1])
-    assert not failures, "\n".join(f"{name}: {what}" for name, what in failures.items())
+    kernels.assert_interpreted(__name__)
 
 
 class NoGpu:
@@ -332,43 +271,5 @@ def test_strips_and_blocks_of_the_bias_gradient_cover_the_map(columns: int) -> N
                 assert 1 <= splits * blocks * strips * step * 10 <= max(2048, blocks * strips * step * 10)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"dtype": torch.float16}, None),
-        ({"dtype": torch.float64}, "float32, float16 or bfloat16, the tensors are torch.float64"),
-        ({"dim": 257}, "head dims up to 256, got 257"),
-        ({"interpreted": False}, "run on cuda, the tensors are on cpu"),
-        ({"installed": False}, "pip install triton; it comes with PyTorch for CUDA on Linux"),
-    ],
-)
-def test_the_reason_against_a_call_is_told(
-    changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("interpreted", "installed"):
-        monkeypatch.setattr(gpu, name, lambda name=name: changes.get(name, True))
-    x = torch.zeros(1, 4, 4, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
-    told = triton.why_not(x, x, x, (3, 3), (1, 1), None, 1.0)
-    assert told is None if reason is None else reason in str(told)
-
-
-def main() -> None:
-    """Run everything by the interpreter; the last line is JSON: what failed, and how."""
-    # torchvision imports triton itself
-    early = "visionsel.ops.neighborhood.triton_kernels" in sys.modules
-    failures = {"importing visionsel": "it imports the kernels"} if early else {}
-    runs: dict[str, Callable[[], None]] = {
-        **{name: partial(compare, case, "cpu") for name, case in CASES.items()},
-        **{name: partial(check, "cpu") for name, check in CHECKS.items()},
-    }
-    for name, attempt in runs.items():
-        try:
-            attempt()
-        except Exception:
-            failures[name] = traceback.format_exc()
-    print(json.dumps(failures))
-
-
 if __name__ == "__main__":
-    main()
+    kernels.report(triton, {name: partial(compare, case) for name, case in CASES.items()} | CHECKS)

@@ -1,3 +1,4 @@
+import csv
 import json
 import multiprocessing
 import os
@@ -99,6 +100,12 @@ def record_losses(monkeypatch: pytest.MonkeyPatch, kind: type) -> dict[tuple[int
 
     monkeypatch.setattr(kind, "training_step", recorded)
     return seen
+
+
+def rows(run: Path, column: str) -> list[float]:
+    """What a run logged under a name, in order."""
+    with (run / "logs" / "version_0" / "metrics.csv").open() as stream:
+        return [float(row[column]) for row in csv.DictReader(stream) if row[column]]
 
 
 def merged(config: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.train.conftest import TRAINER, merged
 from visionsel.data.shapes import SHAPES, ShapesWorld
 from visionsel.data.shapes.masks import encode_rle, trace_polygons
 
@@ -75,14 +76,7 @@ def make_config(root: Path, output: Path, **parts: Any) -> dict[str, Any]:
     """A configuration of a tiny Mask R-CNN over NAT; keyword arguments are merged into its parts."""
     config: dict[str, Any] = {
         "output": str(output),
-        "trainer": {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
         "model": {
             **BACKBONE,
             **HEADS,
@@ -94,6 +88,4 @@ def make_config(root: Path, output: Path, **parts: Any) -> dict[str, Any]:
         },
         "data": {"root": str(root), "size": 48, "max_size": 64, "batch_size": 2},
     }
-    for part, values in parts.items():
-        config[part] = {**config[part], **values} if isinstance(values, dict) else values
-    return config
+    return merged(config, parts)

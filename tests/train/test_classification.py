@@ -9,7 +9,7 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.train.conftest import SMALL
+from tests.train.conftest import SMALL, rows
 from train.classification import ClassificationCLI, ImageClassifier, main
 from train.classifier_net import build_classifier
 from train.image_data import ImageFolderData, read_class_names
@@ -18,11 +18,6 @@ from train.recipe import peak_lr
 
 def fit(config: Path, *options: str) -> ClassificationCLI:
     return ClassificationCLI(["fit", "--config", str(config), *options])
-
-
-def rows(run: Path, column: str) -> list[float]:
-    with (run / "logs" / "version_0" / "metrics.csv").open() as stream:
-        return [float(row[column]) for row in csv.DictReader(stream) if row.get(column)]
 
 
 def test_a_run_leaves_config_checkpoints_and_both_logs(trained) -> None:

@@ -1,6 +1,5 @@
 """Training the small CLIP: it learns, a resumed run is the uninterrupted one, what is wrong is refused."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tests.train.conftest import TRAINER, merged
+from tests.train.conftest import TRAINER, merged, rows
 from train.clip import ClipCLI, ClipTraining, export_clip, main, phrase_loss
 from train.clip_data import ClipData, truth_of_phrases
 from visionsel.data.shapes import ShapesWorld
@@ -31,11 +30,6 @@ def write(path: Path, **parts: Any) -> Path:
     return path
 
 
-def column(run: Path, name: str) -> list[float]:
-    with (run / "logs/version_0/metrics.csv").open() as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
-
-
 @pytest.mark.slow
 def test_a_short_run_learns_and_its_export_measures_what_the_run_logged(tmp_path) -> None:
     config = write(
@@ -47,13 +41,13 @@ def test_a_short_run_learns_and_its_export_measures_what_the_run_logged(tmp_path
     assert main(["fit", "--config", str(config)]) == 0
     run = tmp_path / "run"
     for name in ("train/presence_loss_step", "train/dense_loss_step", "train/loss_step"):
-        losses = column(run, name)
+        losses = rows(run, name)
         assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), name
     folder = export_clip(run / "checkpoints/best.ckpt", tmp_path / "exported")
     world = ShapesWorld("balanced", seed=2**29, size=100, max_objects=1)
     measured = measure_clip(*load_clip(folder), world, seed=2**29)
     for name, value in measured.items():
-        assert value == pytest.approx(column(run, f"val/balanced/{name}")[-1], abs=0.03), name
+        assert value == pytest.approx(rows(run, f"val/balanced/{name}")[-1], abs=0.03), name
 
 
 @pytest.mark.slow

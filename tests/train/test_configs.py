@@ -7,6 +7,7 @@ import timm
 import yaml
 from PIL import Image
 
+from tests.train.conftest import TRAINER
 from train.classification import ClassificationCLI
 from train.image_data import ImageFolderData
 from train.shapes_classifier import ShapesClassifier, ShapesClassifierCLI, SingleShapesData
@@ -100,14 +101,10 @@ def test_a_recipe_takes_a_step_on_a_miniature_of_its_data(path, miniature, tmp_p
     arguments = config["model"].get("model_args", {}) | SMALL[family]
     config["output"] = str(tmp_path / "run")
     config["trainer"] |= {
+        **TRAINER,
         "max_epochs": 1,
-        "accelerator": "cpu",
         "devices": 1,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "enable_checkpointing": False,
         "logger": False,
     }

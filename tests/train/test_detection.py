@@ -1,6 +1,5 @@
 """Training, validating and applying detectors through the command line."""
 
-import csv
 import io
 import json
 from contextlib import redirect_stdout
@@ -13,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.train.conftest import record_losses
+from tests.train.conftest import record_losses, rows
 from tests.train.detection_mini import CATEGORIES, make_coco, make_config
 from train.detection import DetectionCLI, Detector, main
 from train.detection_data import CocoData
@@ -64,11 +63,6 @@ def trained(coco, tmp_path_factory) -> Path:
     (folder / "plain.yaml").write_text(yaml.safe_dump(make_config(coco, folder / "run", model=RECIPE)))
     assert main(["fit", "--config", str(folder / "config.yaml")]) == 0
     return folder / "run"
-
-
-def rows(run: Path, column: str) -> list[float]:
-    with (run / "logs" / "version_0" / "metrics.csv").open() as stream:
-        return [float(row[column]) for row in csv.DictReader(stream) if row.get(column)]
 
 
 def build(**arguments: Any) -> Detector:

@@ -7,6 +7,7 @@ import timm
 import yaml
 from lightning import Trainer
 
+from tests.train.conftest import TRAINER
 from tests.train.detection_mini import HEADS, make_coco
 from train.detection import DetectionCLI, Detector
 from train.detection_data import CocoData
@@ -45,14 +46,11 @@ def coco(tmp_path_factory) -> Path:
     return make_coco(tmp_path_factory.mktemp("coco"), train=2, val=2)
 
 
-TRAINER = {
-    "max_epochs": 1,
+ONE_UPDATE = {
+    **TRAINER,
     "max_steps": 1,
     "limit_val_batches": 0,
-    "accelerator": "cpu",
     "precision": "32-true",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
     "enable_checkpointing": False,
     "logger": False,
 }
@@ -63,7 +61,7 @@ def write(path: Path, output: Path, root: Path, model: dict, data: dict) -> str:
     content = yaml.safe_load(path.read_text())
     content["model"] |= {"warmup_steps": 0, "pretrained": False, "pictures": 0, **model}
     content["data"] |= {"root": str(root), "num_workers": 0, "batch_size": 2, **data}
-    content["trainer"] |= TRAINER
+    content["trainer"] |= ONE_UPDATE
     small = output / "config.yaml"
     small.write_text(yaml.safe_dump({**content, "output": str(output / "run")}))
     return str(small)
@@ -84,7 +82,7 @@ def step(cli: DetectionCLI, config: str) -> tuple[Trainer, Detector]:
     shared = {name: getattr(data, name) for name in ("categories", "size", "max_size", "batch_size")}
     model = Detector(**parsed["model"], **shared)
     clip = parsed["trainer"]["gradient_clip_val"]
-    trainer = Trainer(**TRAINER, gradient_clip_val=clip)
+    trainer = Trainer(**ONE_UPDATE, gradient_clip_val=clip)
     trainer.fit(model, data)
     return trainer, model
 

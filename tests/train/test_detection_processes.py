@@ -8,9 +8,8 @@ import pytest
 import torch
 import yaml
 
-from tests.train.conftest import run_in_two
+from tests.train.conftest import rows, run_in_two
 from tests.train.detection_mini import BACKBONE, CATEGORIES, make_coco, make_config
-from tests.train.test_detection import rows
 from train.detection import Detector, main
 from visionsel.data.coco import read_json
 

@@ -10,8 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.layers import SyncBatchNormAct
 from torch import nn
 
-from tests.train.conftest import make_config, make_image_folder, run_in_two
-from tests.train.test_classification import rows
+from tests.train.conftest import make_config, make_image_folder, rows, run_in_two
 from tests.train.test_resume import checkpoints
 from train.classification import ClassificationCLI, ImageClassifier, main
 from train.classifier_net import shard

@@ -19,6 +19,7 @@ from lightning import Trainer
 from PIL import Image
 
 from tests.train import test_configs, test_detection_configs, test_segmentation_configs
+from tests.train.conftest import TRAINER
 from tests.train.test_grounding_sentence import write_vizwiz
 from tests.train.test_webdataset import write_shard
 from visionsel.data.shapes.files import write_shapes
@@ -70,14 +71,8 @@ def run(tmp_path: Path, fitted: list[Trainer]) -> Callable[..., None]:
     """Fit one batch of configurations, the later over the earlier, and look at the update."""
 
     def run(program: str, *configs: Path, **parts: dict[str, Any]) -> None:
-        parts["trainer"] = {
-            "fast_dev_run": True,  # one batch of training, one of validation
-            "accelerator": "cpu",
-            "devices": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **parts.get("trainer", {}),
-        }
+        # one batch of training, one of validation
+        parts["trainer"] = {**TRAINER, "fast_dev_run": True, "devices": 1, **parts.get("trainer", {})}
         last = tmp_path / "small.yaml"
         last.write_text(yaml.safe_dump({"output": str(tmp_path / "run"), **parts}))
         given = [word for path in (*configs, last) for word in ("--config", str(path))]

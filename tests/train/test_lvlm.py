@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.train.conftest import record_losses, run_writer
+from tests.train.conftest import record_losses, rows, run_writer
 from train.lvlm import LVLM, LVLMCLI, blind_mask, main, turn_mask
 from train.lvlm_data import KINDS, LVLMData, Stage, dense_targets
 from train.shapes_data import training_seed
@@ -215,9 +215,7 @@ def test_a_short_run_learns_and_writes_an_ordinary_model(tmp_path, write_config,
     assert main(["fit", "--config", str(config)]) == 0
     folder = tmp_path / "run" / "export"
     assert str(folder) in capsys.readouterr().out
-    rows = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    column = rows[0].split(",").index("train/caption")
-    losses = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    losses = rows(tmp_path / "run", "train/caption")
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
 
     model = AutoModelForImageTextToText.from_pretrained(folder)

@@ -1,20 +1,13 @@
 """What the programs take beside their recipes: a compiled model, an early stop, other towers of CLIP."""
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.train.conftest import run_writer
+from tests.train.conftest import rows, run_writer
 from train import classification, clip
-
-
-def column(run: Path, name: str) -> list[float]:
-    with (run / "logs" / "version_0" / "metrics.csv").open() as stream:
-        return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
 
 
 @pytest.mark.slow
@@ -30,18 +23,20 @@ def test_a_compiled_model_trains_as_it_is_and_its_checkpoint_is_that_of_any(
         compile(self, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(nn.Module, "compile", traced)
+    small = {"embed_dims": [32, 32], "depths": [1, 1], "num_windows": [2, 2], "topks": [1, 2]}
+    model = {"model_args": {**small, "drop_path_rate": 0.2}}
     losses, states = [], []
     for name in ("plain", "compiled"):
         run = tmp_path / name
         config = write_config(
             f"{name}.yaml",
             output=str(run),
-            model={"compile": name == "compiled"},
+            model={**model, "compile": name == "compiled"},
             data={"batch_size": 12},
             trainer={"max_epochs": 1},
         )
         assert classification.main(["fit", "--config", str(config)]) == 0
-        losses.append(column(run, "train/loss_step"))
+        losses.append(rows(run, "train/loss_step"))
         states.append(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     assert len(calls) == 1
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -49,7 +44,7 @@ def test_a_compiled_model_trains_as_it_is_and_its_checkpoint_is_that_of_any(
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=0, atol=1e-4)
     last = str(tmp_path / "compiled" / "checkpoints" / "last.ckpt")
-    config = write_config("none.yaml", output=str(tmp_path / "none"))
+    config = write_config("none.yaml", output=str(tmp_path / "none"), model=model)
     assert classification.main(["validate", "--config", str(config), "--ckpt_path", last]) == 0
 
 
@@ -61,7 +56,7 @@ def test_a_run_stops_early_by_lightnings_callback(tmp_path, write_config) -> Non
     # weights that hardly change
     config = write_config(model={"lr": 1e-9}, trainer={"max_epochs": 30, "callbacks": [stop]})
     cli = classification.ClassificationCLI(["fit", "--config", str(config)])
-    found = column(tmp_path / "run", "val/top1")
+    found = rows(tmp_path / "run", "val/top1")
     assert cli.trainer.current_epoch == len(found) == found.index(max(found)) + 3 < 30
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 

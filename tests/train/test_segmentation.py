@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from tests.train.conftest import TRAINER, merged, record_losses
+from tests.train.conftest import TRAINER, merged, record_losses, rows
 from tests.train.test_segmentation_data import make_ade20k, spoil
 from train.segmentation import SemanticSegmentation, main, pixel_loss, poly_rate
 from train.segmentation_metrics import class_measures, mean_measures
@@ -121,14 +121,11 @@ def test_the_schedule_is_mmsegmentations() -> None:
 def test_a_run_leaves_its_metrics_its_configuration_and_safe_checkpoints(trained) -> None:
     last = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 8
-    with (trained / "logs" / "version_0" / "metrics.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    measured = [row for row in rows if row["val/miou"]]
-    assert len(measured) == 2
-    assert all(0 < float(row[f"val/{name}"]) < 1 for row in measured for name in ("miou", "macc", "aacc"))
-    rates = [float(row["lr"]) for row in rows if row["lr"]]
+    for name in ("miou", "macc", "aacc"):
+        first, last = rows(trained, f"val/{name}")
+        assert 0 < min(first, last) <= max(first, last) < 1
     expected = [1e-3 * poly_rate(step, 8, 1.0, 0.0, 2, 1e-6) for step in range(8)]
-    assert rates == pytest.approx(expected, abs=1e-9)
+    assert rows(trained, "lr") == pytest.approx(expected, abs=1e-9)
     assert (trained / "config.yaml").is_file()
     assert not (trained / "bad_samples.csv").exists()
 

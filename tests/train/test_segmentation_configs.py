@@ -1,6 +1,5 @@
 """Every segmentation configuration parses, is the published recipe, and trains in small."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import timm
 import yaml
 
+from tests.train.conftest import rows
 from tests.train.test_segmentation_data import make_ade20k
 from train.segmentation import main
 from visionsel.models import registered_names
@@ -88,7 +88,5 @@ def test_a_configuration_parses_and_trains_in_small(path, tmp_path, capsys) -> N
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(small)]) == 0, capsys.readouterr().err
-    with (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert float(next(row["train/loss_step"] for row in rows if row["train/loss_step"])) > 0
-    assert 0 <= float(next(row["val/miou"] for row in rows if row["val/miou"])) <= 1
+    assert rows(tmp_path / "run", "train/loss_step")[0] > 0
+    assert 0 <= rows(tmp_path / "run", "val/miou")[0] <= 1

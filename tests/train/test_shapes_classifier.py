@@ -1,6 +1,5 @@
 """The classifiers of single shapes: dense targets, training, exact resume, export, bad input."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from train.shapes_classifier import (
 from visionsel.data.shapes import SHAPES
 from visionsel.embedded.classifier import load_classifier
 
-from .conftest import SMALL, TRAINER, merged
+from .conftest import SMALL, TRAINER, merged, rows
 
 Write = Callable[..., Path]
 
@@ -44,12 +43,6 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return write
-
-
-def rows(run: Path, column: str) -> list[float]:
-    (path,) = run.glob("logs/version_0/metrics.csv")
-    with path.open() as stream:
-        return [float(row[column]) for row in csv.DictReader(stream) if row[column]]
 
 
 def build(**arguments: Any) -> ShapesClassifier:

@@ -3,16 +3,14 @@
 Every operator has `backend="reference"`, the plainest code and the truth, and faster ones that equal it.
 """
 
-from collections.abc import Callable
+from importlib import import_module
 
+from visionsel.devices import choose_device
 from visionsel.ops.bilevel_routing import bilevel_routing_attention
-from visionsel.ops.bilevel_routing import usable_backends as _bilevel_routing_backends
+from visionsel.ops.choice import ORDER, usable
 from visionsel.ops.focal_modulation import focal_modulation
-from visionsel.ops.focal_modulation import usable_backends as _focal_modulation_backends
 from visionsel.ops.halo import halo_attention
-from visionsel.ops.halo import usable_backends as _halo_backends
 from visionsel.ops.neighborhood import neighborhood_attention
-from visionsel.ops.neighborhood import usable_backends as _neighborhood_backends
 
 __all__ = [
     "backends",
@@ -21,13 +19,6 @@ __all__ = [
     "halo_attention",
     "neighborhood_attention",
 ]
-
-_BACKENDS: dict[str, Callable[[], list[str]]] = {
-    "neighborhood": _neighborhood_backends,
-    "bilevel_routing": _bilevel_routing_backends,
-    "halo": _halo_backends,
-    "focal_modulation": _focal_modulation_backends,
-}
 
 
 def backends(operator: str) -> list[str]:
@@ -44,6 +35,7 @@ def backends(operator: str) -> list[str]:
         >>> ops.backends("neighborhood")[-1]
         'reference'
     """
-    if operator not in _BACKENDS:
-        raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[operator]()
+    if operator not in ORDER:
+        raise ValueError(f"unknown operator {operator!r}; choose one of {', '.join(ORDER)}")
+    package = import_module(f"visionsel.ops.{operator}")
+    return usable(operator, package.BACKENDS, *package.example_calls(choose_device())["inference"])

@@ -49,6 +49,11 @@ def check_attention_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three as autocast would cast them for a matrix product; as they are where it is off."""
     device = query.device.type

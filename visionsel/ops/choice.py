@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BEHIND", "ORDER", "Backend", "against", "best_device", "compute", "taken_by_auto", "usable"]
+__all__ = ["BEHIND", "ORDER", "Backend", "against", "compute", "taken_by_auto", "usable"]
 
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "neighborhood": {
@@ -126,11 +126,6 @@ def against(operator: str, backends: Mapping[str, Backend], *call: Any) -> dict[
         for name in _order(operator, device)
         if name != taken
     }
-
-
-def best_device() -> torch.device:
-    """Where this machine would compute: its GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _order(operator: str, device_type: str) -> tuple[str, ...]:

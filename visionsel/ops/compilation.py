@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-__all__ = ["call_compiled", "no_compiler", "sizes_are_fixed"]
+__all__ = ["call_compiled", "no_compiler", "sizes_are_fixed", "why_not"]
 
 
 def call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -52,6 +52,11 @@ def no_compiler(device_type: str) -> str | None:
     if device_type == "cuda":
         return _no_triton()
     return f"torch.compile is used on cpu and cuda, the tensors are on {device_type}"
+
+
+def why_not(query: Tensor, *others: Any) -> str | None:
+    """Why a backend "compiled" cannot serve a call; None if it can."""
+    return no_compiler(query.device.type)
 
 
 def sizes_are_fixed(x: Tensor) -> bool:

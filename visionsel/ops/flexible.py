@@ -1,14 +1,16 @@
 """What torch's flex_attention can serve, and how its kernels are told to run; for the backends "flex"."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from visionsel.ops.compilation import no_compiler
 
-__all__ = ["kernel_options", "refusal", "refuse_uncompiled"]
+__all__ = ["attention", "kernel_options", "ordered", "refusal", "refuse_uncompiled"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,6 +47,29 @@ def refuse_uncompiled() -> None:
             "backend 'flex' needs torch.compile, but it is switched off or another tracer looks on; "
             "choose another backend"
         )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    blocks: tuple[int, int],
+    score_mod: Callable[..., Tensor] | None = None,
+    mask: BlockMask | None = None,
+) -> Tensor:
+    """flex_attention on `[B, heads, tokens, head_dim]`, in blocks of so many queries and so many keys."""
+    # scaled here, not by 1: torch's CPU kernel needs a query that is computed with these axes, and is no view
+    left = 0.5 if scale == 1 else 1.0
+    query = query * (scale / left)
+    options = kernel_options(query, value, *blocks)
+    return flex_attention(query, key, value, score_mod, mask, left, kernel_options=options)
+
+
+def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of a boolean `[..., rows, columns]`, how many are true and, first, which ones, as int32."""
+    index = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), index.int().contiguous()
 
 
 def kernel_options(query: Tensor, value: Tensor, query_block: int, key_block: int) -> Any:

@@ -4,19 +4,21 @@ The map is cut into windows; each window attends to the tokens of the `topk` win
 mean query best. The authors' local enhancement (lepe) is the layer's.
 """
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from visionsel.ops.bilevel_routing import compiled, flex, triton
+from visionsel.ops.bilevel_routing import flex, triton
 from visionsel.ops.bilevel_routing.reference import reference
 from visionsel.ops.bilevel_routing.routing import top_windows, window_means
 from visionsel.ops.bilevel_routing.tiled import tiled
 from visionsel.ops.checks import check_attention_maps, pair
-from visionsel.ops.choice import Backend, best_device, compute, usable
+from visionsel.ops.choice import Backend, compute
+from visionsel.ops.compilation import call_compiled, why_not
 
-__all__ = ["bilevel_routing_attention", "top_windows", "usable_backends", "window_means"]
+__all__ = ["bilevel_routing_attention", "top_windows", "window_means"]
 
 
 def _reference(
@@ -38,13 +40,8 @@ BACKENDS = {
     "reference": Backend(_reference),
     "triton": Backend(triton.triton, triton.why_not),
     "flex": Backend(flex.flex, flex.why_not),
-    "compiled": Backend(compiled.compiled, compiled.why_not),
+    "compiled": Backend(partial(call_compiled, tiled), why_not),
 }
-
-
-def usable_backends() -> list[str]:
-    """Names of the backends that are usable on this machine, best first."""
-    return usable("bilevel_routing", BACKENDS, *example_calls(best_device())["inference"])
 
 
 def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:

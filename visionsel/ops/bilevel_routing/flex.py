@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from visionsel.ops.checks import in_autocast_dtype
+from visionsel.ops.checks import in_autocast_dtype, learns
 from visionsel.ops.compilation import call_compiled, sizes_are_fixed
-from visionsel.ops.flexible import kernel_options, refusal, refuse_uncompiled
+from visionsel.ops.flexible import attention, ordered, refusal, refuse_uncompiled
 
 __all__ = ["attend", "block_size", "flex", "routed_blocks", "why_not"]
 
@@ -41,14 +41,10 @@ def flex(
     Inside torch.compile this joins the graph that is compiled; otherwise it is compiled here.
 
     Raises:
-        NotImplementedError: if flex_attention cannot serve the call, with the reason.
         RuntimeError: if torch.compile is switched off, or where a tracer other than it looks on.
     """
-    if reason := why_not(query, key, value, num_windows, scale, index, weight):
-        raise NotImplementedError(f"backend 'flex' cannot serve this call: {reason}")
-    device = query.device
     query, key, value = in_autocast_dtype(query, key, value)
-    if device.type == "cpu":  # no gradient is recorded, but flex_attention refuses tensors that ask for one
+    if not torch.is_grad_enabled():  # on the CPU flex_attention refuses tensors that ask for a gradient
         query, key, value = query.detach(), key.detach(), value.detach()
     return call_compiled(fused, query, key, value, num_windows, scale, index)
 
@@ -70,8 +66,7 @@ def why_not(
         )
     if not (sizes_are_fixed(query) and sizes_are_fixed(key)):
         return "its blocks are laid out for a map of fixed size, and torch.compile keeps this one's symbolic"
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return refusal(query, value, learns)
+    return refusal(query, value, learns(query, key, value))
 
 
 def fused(*call: Any) -> Tensor:
@@ -92,20 +87,16 @@ def attend(
     batch, height, width, heads, _ = query.shape
     nh, nw = num_windows
     h, w = height // nh, width // nw
-    # scaled here, not by 1: torch's CPU kernel needs a query that is computed with these axes, and is no view
-    left = 0.5 if scale == 1 else 1.0
     if index is None:
         query, key, value = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
-        options = kernel_options(query, value, 64, 64)
-        out = flex_attention(query * (scale / left), key, value, scale=left, kernel_options=options)
+        out = attention(query, key, value, scale, (64, 64))
         return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[3])
     keys = (key.shape[1] // nh) * (key.shape[2] // nw)
     blocks = block_size(h * w), block_size(keys)
     mask, score_mod = routed_blocks(index, blocks, keys)
-    query = to_blocks(query, num_windows, blocks[0]) * (scale / left)
+    query = to_blocks(query, num_windows, blocks[0])
     key, value = to_blocks(key, num_windows, blocks[1]), to_blocks(value, num_windows, blocks[1])
-    options = kernel_options(query, value, *blocks)
-    out = flex_attention(query, key, value, score_mod, mask, left, kernel_options=options)
+    out = attention(query, key, value, scale, blocks, score_mod, mask)
     value_dim = value.shape[3]
     out = out.reshape(batch, heads, nh * nw, blocks[0], value_dim)[:, :, :, : h * w]
     out = out.reshape(batch, heads, nh, nw, h, w, value_dim).permute(0, 2, 4, 3, 5, 1, 6)
@@ -182,10 +173,7 @@ def routing_tables(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, windows, _ = index.shape
     times = torch.zeros(batch, windows, windows, device=index.device)
     times = times.scatter_add(2, index, torch.ones_like(index, dtype=times.dtype))
-    routed = times.unsqueeze(1) > 0
-    order = routed.int().argsort(dim=-1, descending=True, stable=True)
-    number = routed.sum(-1, dtype=torch.int32)
-    return times, times.clamp(min=1).log(), number, order.int().contiguous()
+    return times, times.clamp(min=1).log(), *ordered(times.unsqueeze(1) > 0)
 
 
 @routing_tables.register_fake

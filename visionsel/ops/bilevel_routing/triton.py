@@ -189,10 +189,11 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of all that `attention` takes."""
     needed = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4)]
-    found = gradients(needed, grad, *ctx.saved_tensors, ctx.rows, ctx.columns, ctx.scale)
+    saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+    found = gradients(needed, grad, *saved, ctx.rows, ctx.columns, ctx.scale)
     query, key, value, weight = (x if wanted else None for x, wanted in zip(found, needed, strict=True))
     if weight is not None:
-        weight = weight.to(ctx.saved_tensors[4].dtype)
+        weight = weight.to(saved[4].dtype)
     return query, key, value, None, weight, None, None, None
 
 

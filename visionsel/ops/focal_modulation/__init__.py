@@ -5,28 +5,25 @@ after it, and the optional norm after it, are the layer's.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionsel.ops.choice import Backend, best_device, compute, usable
-from visionsel.ops.focal_modulation import compiled
+from visionsel.ops.choice import Backend, compute
+from visionsel.ops.compilation import call_compiled, why_not
 from visionsel.ops.focal_modulation.reference import reference
 from visionsel.ops.focal_modulation.tiled import tiled
 
-__all__ = ["focal_modulation", "usable_backends"]
+__all__ = ["focal_modulation"]
 
 BACKENDS = {
     "tiled": Backend(tiled),
     "reference": Backend(reference),
-    "compiled": Backend(compiled.compiled, compiled.why_not),
+    # on the CPU slower than tiled: the compiler changes the layout of maps around its loops
+    "compiled": Backend(partial(call_compiled, tiled), why_not),
 }
-
-
-def usable_backends() -> list[str]:
-    """Names of the backends that are usable on this machine, best first."""
-    return usable("focal_modulation", BACKENDS, *example_calls(best_device())["inference"])
 
 
 def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:

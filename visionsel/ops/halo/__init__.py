@@ -4,29 +4,25 @@ The local attention of HaloNet (Vaswani et al. 2021, arXiv:2103.12731, section 2
 `HaloAttn`: keys and values outside the map are zero and take part in the softmax.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionsel.ops.checks import check_attention_maps
-from visionsel.ops.choice import Backend, best_device, compute, usable
-from visionsel.ops.halo import compiled
+from visionsel.ops.choice import Backend, compute
+from visionsel.ops.compilation import call_compiled, why_not
 from visionsel.ops.halo.reference import reference
 from visionsel.ops.halo.tiled import tiled
 
-__all__ = ["halo_attention", "usable_backends"]
+__all__ = ["halo_attention"]
 
 BACKENDS = {
     "tiled": Backend(tiled),
     "reference": Backend(reference),
-    "compiled": Backend(compiled.compiled, compiled.why_not),
+    "compiled": Backend(partial(call_compiled, tiled), why_not),
 }
-
-
-def usable_backends() -> list[str]:
-    """Names of the backends that are usable on this machine, best first."""
-    return usable("halo", BACKENDS, *example_calls(best_device())["inference"])
 
 
 def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from visionsel.ops.checks import check_attention_maps, pair
-from visionsel.ops.choice import Backend, best_device, compute, usable
-from visionsel.ops.compilation import sizes_are_fixed
+from visionsel.ops.choice import Backend, compute
+from visionsel.ops.compilation import sizes_are_fixed, why_not
 from visionsel.ops.neighborhood import compiled, flex, natten, triton
 from visionsel.ops.neighborhood.reference import reference
 from visionsel.ops.neighborhood.tiled import tiled
 from visionsel.ops.neighborhood.traced import traced
 
-__all__ = ["neighborhood_attention", "usable_backends"]
+__all__ = ["neighborhood_attention"]
 
 
 def _tiled(query: Tensor, *call: Any) -> Tensor:
@@ -31,13 +31,8 @@ BACKENDS = {
     "natten": Backend(natten.natten, natten.why_not),
     "triton": Backend(triton.triton, triton.why_not),
     "flex": Backend(flex.flex, flex.why_not),
-    "compiled": Backend(compiled.compiled, compiled.why_not),
+    "compiled": Backend(compiled.compiled, why_not),
 }
-
-
-def usable_backends() -> list[str]:
-    """Names of the backends that are usable on this machine, best first."""
-    return usable("neighborhood", BACKENDS, *example_calls(best_device())["inference"])
 
 
 def example_calls(device: torch.device) -> dict[str, tuple[Any, ...]]:

@@ -5,17 +5,16 @@ become loops that store no window, only the logits. The backward of that form wo
 order, so with gradients, and on CUDA, where products of matrices are cheap, the tiles are compiled.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from visionsel.ops.compilation import call_compiled, no_compiler, sizes_are_fixed
+from visionsel.ops.checks import learns
+from visionsel.ops.compilation import call_compiled, sizes_are_fixed
 from visionsel.ops.neighborhood.reference import neighbors
 from visionsel.ops.neighborhood.tiled import tiled
 from visionsel.ops.neighborhood.traced import traced
 
-__all__ = ["compiled", "why_not"]
+__all__ = ["compiled"]
 
 
 def compiled(
@@ -28,20 +27,17 @@ def compiled(
     scale: float,
 ) -> Tensor:
     """Attend from each position of `[B, H, W, heads, head_dim]` to its kernel of neighbors."""
-    tensors = query, key, value, rel_pos_bias
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if not sizes_are_fixed(query):
         form = traced
-    elif query.device.type != "cpu" or learning or torch.is_autocast_enabled("cpu"):
+    elif (
+        query.device.type != "cpu"
+        or learns(query, key, value, rel_pos_bias)
+        or torch.is_autocast_enabled("cpu")
+    ):
         form = tiled  # autocast would leave the other form, which has no product of matrices, in float32
     else:
         form = gathered
     return call_compiled(form, query, key, value, kernel_size, dilation, rel_pos_bias, scale)
-
-
-def why_not(query: Tensor, *others: Any) -> str | None:
-    """Why a call of `compiled` cannot be served; None if it can."""
-    return no_compiler(query.device.type)
 
 
 def gathered(

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from visionsel.ops.checks import in_autocast_dtype
+from visionsel.ops.checks import in_autocast_dtype, learns
 from visionsel.ops.compilation import call_compiled, sizes_are_fixed
-from visionsel.ops.flexible import kernel_options, refusal, refuse_uncompiled
+from visionsel.ops.flexible import attention, ordered, refusal, refuse_uncompiled
 from visionsel.ops.plans import keep_plans
 
 __all__ = ["attend", "build_plan", "flex", "why_not"]
@@ -41,17 +41,13 @@ def flex(
     Inside torch.compile this joins the graph that is compiled; otherwise it is compiled here.
 
     Raises:
-        NotImplementedError: if flex_attention cannot serve the call, with the reason.
         RuntimeError: if torch.compile is switched off, or where a tracer other than it looks on.
     """
-    if reason := why_not(query, key, value, kernel_size, dilation, rel_pos_bias, scale):
-        raise NotImplementedError(f"backend 'flex' cannot serve this call: {reason}")
-    device = query.device
     query, key, value = in_autocast_dtype(query, key, value)
-    if device.type == "cpu":  # no gradient is recorded, but flex_attention refuses tensors that ask for one
+    if not torch.is_grad_enabled():  # on the CPU flex_attention refuses tensors that ask for a gradient
         query, key, value = query.detach(), key.detach(), value.detach()
         rel_pos_bias = None if rel_pos_bias is None else rel_pos_bias.detach()
-    plan = kept_plan(query.shape[1], query.shape[2], kernel_size, dilation, device)
+    plan = kept_plan(query.shape[1], query.shape[2], kernel_size, dilation, query.device)
     return call_compiled(fused, query, key, value, kernel_size, dilation, rel_pos_bias, scale, plan)
 
 
@@ -67,9 +63,7 @@ def why_not(
     """Why flex_attention cannot serve a call; None if it can."""
     if not sizes_are_fixed(query):
         return "its blocks are laid out for a map of fixed size, and torch.compile keeps this one's symbolic"
-    inputs = (query, key, value, rel_pos_bias)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return refusal(query, value, learns)
+    return refusal(query, value, learns(query, key, value, rel_pos_bias))
 
 
 def fused(*call: Any) -> Tensor:
@@ -108,12 +102,8 @@ def attend(
     score_mod = None
     if rel_pos_bias is not None:
         score_mod = with_bias(rel_pos_bias, size, kernel_size, dilation)
-    # scaled here, not by 1: torch's CPU kernel needs a query that is computed with these axes, and is no view
-    left = 0.5 if scale == 1 else 1.0
-    query = to_tiles(query, dilation) * (scale / left)
-    key, value = to_tiles(key, dilation), to_tiles(value, dilation)
-    options = kernel_options(query, value, BLOCK, BLOCK)
-    out = flex_attention(query, key, value, score_mod, mask, left, kernel_options=options)
+    query, key, value = (to_tiles(x, dilation) for x in (query, key, value))
+    out = attention(query, key, value, scale, (BLOCK, BLOCK), score_mod, mask)
     batch, heads, _, value_dim = value.shape
     out = out.reshape(batch, heads, *dilation, rows, columns, TILE, TILE, value_dim)
     out = out.permute(0, 4, 6, 2, 5, 7, 3, 1, 8)
@@ -227,9 +217,3 @@ def visited_tiles(length: int, kernel_size: int, dilation: int, device: torch.de
     start = window_start(first, grid, length, kernel_size, dilation)[:, :, None]
     end = window_start(first + TILE - 1, grid, length, kernel_size, dilation)[:, :, None] + kernel_size
     return (first < end) & (first + TILE > start)
-
-
-def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of a boolean `[..., rows, columns]`, how many are true and, first, which ones, as int32."""
-    index = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32).contiguous(), index.int().contiguous()

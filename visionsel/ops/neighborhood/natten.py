@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionsel.ops.checks import learns
+
 __all__ = ["fused_kernels", "installed", "natten", "why_not"]
 
 
@@ -51,7 +53,7 @@ def why_not(
     if device == "cuda" and (head_dim % 8 or value_dim % 8):
         return f"natten's kernels need head dims that are multiples of 8, got {head_dim} and {value_dim}"
     if device == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        if learns(query, key, value):
             return "natten has no backward on the cpu"
         if head_dim != value_dim or head_dim not in (8, 16, 32, 64, 128, 256, 512):
             return (

@@ -236,10 +236,11 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Gradients of all that `attention` takes."""
     needed = list(ctx.needs_input_grad[:4])
-    found = gradients(needed, grad, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale)
+    saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+    found = gradients(needed, grad, *saved, ctx.kernel_size, ctx.dilation, ctx.scale)
     query, key, value, bias = (x if wanted else None for x, wanted in zip(found, needed, strict=True))
     if bias is not None:
-        bias = bias.to(ctx.saved_tensors[3].dtype)
+        bias = bias.to(saved[3].dtype)
     return query, key, value, bias, None, None, None
 
 

@@ -1,0 +1,33 @@
+"""What the Triton kernels of both operators say they cannot serve."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from visionsel.ops import gpu
+
+
+@pytest.mark.parametrize("operator", ["neighborhood", "bilevel_routing"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16}, None),
+        ({"dtype": torch.float64}, "float32, float16 or bfloat16, the tensors are torch.float64"),
+        ({"dim": 257}, "head dims up to 256, got 257"),
+        ({"interpreted": False}, "run on cuda, the tensors are on cpu"),
+        ({"installed": False}, "pip install triton; it comes with PyTorch for CUDA on Linux"),
+    ],
+)
+def test_the_reason_against_a_call_is_told(
+    operator: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("interpreted", "installed"):
+        monkeypatch.setattr(gpu, name, lambda name=name: changes.get(name, True))
+    package = import_module(f"visionsel.ops.{operator}")
+    rest = package.example_calls(torch.device("cpu"))["inference"][3:]
+    x = torch.zeros(1, 8, 8, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
+    told = package.BACKENDS["triton"].why_not(x, x, x, *rest)
+    assert told is None if reason is None else reason in str(told)
