@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import visionsel
+from tests.ops.test_linear import spied
 from tests.support import check_model_fixture, fill_state_dict, load_fixture
 from visionsel import accelerate
 from visionsel.models import acceleration
@@ -211,7 +213,7 @@ def test_a_shared_module_stays_shared() -> None:
 def test_a_model_with_nothing_to_accelerate_is_returned_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(acceleration, "onednn_is_faster", lambda rows, weight: False)
+    monkeypatch.setattr(acceleration, "onednn_is_faster", lambda rows, weight, bias: False)
     model = nn.Sequential(nn.Linear(3, 3))
     nothing = "Sequential holds no timm HaloAttn or FocalModulation"
     with pytest.warns(
@@ -341,16 +343,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Skip where there is none; the shapes of all that it multiplies."""
     if reason := unavailable():
         pytest.skip(f"no oneDNN: {reason}")
-    module = import_module("visionsel.ops.linear")
-    shapes: list[tuple[int, ...]] = []
-    product = module._product
-
-    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return product(x, weight, bias)
-
-    monkeypatch.setattr(module, "_product", spy)
-    return shapes
+    return spied(monkeypatch)
 
 
 def perceptron() -> nn.Sequential:
@@ -372,26 +365,97 @@ def test_linear_layers_keep_outputs_gradients_and_keys(onednn: list[tuple[int, .
     assert onednn[:2] == [(8, 6), (8, 10)]
 
 
+def pointwise_convolutions() -> nn.Sequential:
+    """Two that are linear layers of pixels among some that are not."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 12, 1),
+        nn.GELU(),
+        nn.Conv2d(12, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Conv2d(8, 6, 1, stride=2),
+        nn.Conv2d(6, 6, 1, padding=1),
+    )
+
+
+def test_convolutions_of_pixels_keep_outputs_gradients_and_keys(onednn: list[tuple[int, ...]]) -> None:
+    model = pointwise_convolutions()
+    fast = accelerate(copy.deepcopy(model), linears=True, channels_last=True)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    swaps = [i for i, each in enumerate(fast) if isinstance(each, acceleration.AcceleratedPointwise)]
+    assert swaps == [1, 3]
+    results = []
+    for each in (model, fast):
+        x = torch.linspace(-1, 1, 2 * 3 * 5 * 7).view(2, 3, 5, 7).requires_grad_()
+        out = each(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *each.parameters()])])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert onednn[:2] == [(70, 8), (70, 12)]
+
+
+def test_maps_that_do_not_lie_channels_last_are_convolved(onednn: list[tuple[int, ...]]) -> None:
+    model = nn.Conv2d(4, 6, 1)
+    fast = accelerate(nn.Sequential(copy.deepcopy(model)), linears=True)
+    for shape in ((2, 4, 5, 3), (4, 5, 3)):
+        x = torch.randn(shape)
+        assert torch.equal(fast(x), model(x))
+    assert onednn == []
+
+
+@pytest.mark.parametrize("linears", [True, False])
+def test_focal_modulation_projects_by_what_its_convolutions_became(
+    onednn: list[tuple[int, ...]], linears: bool
+) -> None:
+    model = FocalModulation(8, 3, 2)
+    fast = accelerate(copy.deepcopy(model), linears=linears)
+    x = torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-6)
+    assert type(fast.h) is nn.Conv2d  # which the operator takes
+    assert onednn == ([(60, 8)] * 4 if linears else [])  # query, context, gates and what leaves
+
+
+def test_the_layout_of_weights_and_maps_is_a_choice() -> None:
+    def made(**options: Any) -> tuple[bool, bool]:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), FocalModulation(8, 3, 2), nn.Conv3d(8, 8, 1))
+        accelerate(model, linears=False, **options)
+        out = model[:2](torch.randn(2, 3, 9, 9))
+        return (
+            model[0].weight.is_contiguous(memory_format=torch.channels_last),
+            out.is_contiguous(memory_format=torch.channels_last),
+        )
+
+    assert made() == made(channels_last=True) == (True, True)
+    assert made(channels_last=False) == (False, False)
+    model = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)), linears=False, channels_last=True)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match='channels_last must be "auto", True or False, got None'):
+        accelerate(model, channels_last=None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("verdict", [True, False])
 def test_auto_swaps_the_linear_layers_that_gain(
     monkeypatch: pytest.MonkeyPatch, onednn: list[tuple[int, ...]], verdict: bool
 ) -> None:
     asked = []
 
-    def answer(rows: int, weight: Tensor) -> bool:
-        asked.append((rows, *weight.shape))
-        return verdict and weight.shape[0] == 10
+    def answer(rows: int, weight: Tensor, bias: bool) -> bool:
+        asked.append((rows, *weight.shape, bias))
+        return verdict and rows != 256 and weight.shape[0] == 10
 
     monkeypatch.setattr(acceleration, "onednn_is_faster", answer)
     monkeypatch.setattr(import_module("visionsel.ops.linear"), "onednn_is_faster", answer)
-    model = nn.Sequential(perceptron(), FocalModulation(8, 3, 2))
-    accelerate(model)
-    assert asked == [(256, 10, 6), (256, 3, 10)]
-    kinds = [type(model[0][i]) for i in (0, 2)]
-    assert kinds == [acceleration.AcceleratedLinear if verdict else nn.Linear, nn.Linear]
-    model[0](torch.randn(5, 6))
+    model = perceptron().append(nn.Conv2d(10, 10, 3))
+    with nullcontext() if verdict else pytest.warns(UserWarning, match="nothing was accelerated"):
+        accelerate(model)
+    sizes = [(10, 6, True), (3, 10, False)]
+    assert asked == [(rows, *size) for size in sizes for rows in (256, 4096)]
+    kinds = [type(model[i]) for i in (0, 2, 3)]
+    assert kinds == [acceleration.AcceleratedLinear if verdict else nn.Linear, nn.Linear, nn.Conv2d]
+    model[:3](torch.randn(5, 6))
     assert onednn == ([(5, 6)] if verdict else [])
-    assert asked[2:] == ([(5, 10, 6)] if verdict else [])  # a call is decided by its own rows
+    assert asked[4:] == ([(5, 10, 6, True)] if verdict else [])  # a call is decided by its own rows
 
 
 def test_linear_layers_are_left_alone_on_request() -> None:

@@ -1,6 +1,8 @@
 """Bi-level routing: each backend against the reference, the reference against a loop written for the test."""
 
 import math
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visionsel import ops
 from visionsel.ops.bilevel_routing import bilevel_routing_attention, top_windows, window_means
+
+tiled: Any = import_module("visionsel.ops.bilevel_routing.tiled")
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
 ATOL = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -105,6 +108,58 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
     for fast, truth in zip(*results, strict=True):
         scale = max(1.0, truth.abs().max().item())
         torch.testing.assert_close(fast, truth, rtol=0, atol=ATOL[dtype] * scale)
+
+
+@pytest.mark.parametrize("kept", [None, (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mask_attends_to_what_is_gathered(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kept: tuple[int, int] | None
+) -> None:
+    """Values and gradients, with windows that are routed twice, and with keys pooled in their windows."""
+    grid = (3, 2)
+    q, k, v = maps(2, 6, 8, 2, 8, value_dim=8, dtype=dtype)
+    if kept is not None:
+        k, v = (x[:, : 3 * kept[0], : 2 * kept[1]] for x in (k, v))
+    tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+    routing = torch.randint(6, (2, 6, 3), generator=torch.Generator().manual_seed(0))
+    routing[:, :, 2] = routing[:, :, 0]
+    results = []
+    for masked in (True, False):
+        monkeypatch.setattr(tiled, "masking_pays", lambda *_, masked=masked: masked)
+        out = bilevel_routing_attention(*tensors, grid, 3, 0.3, "tiled", routing=routing)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), tensors)])
+    rtol = 0.02 if dtype == torch.bfloat16 else 0  # a few of its steps
+    for masked, gathered in zip(*results, strict=True):
+        torch.testing.assert_close(masked, gathered, rtol=rtol, atol={**ATOL, torch.bfloat16: 0.02}[dtype])
+
+
+@pytest.mark.parametrize(
+    ("side", "windows", "topk", "soft", "masks"),
+    [
+        (56, 7, 1, False, False),  # the routed stages of BiFormer at 224
+        (28, 7, 4, False, False),
+        (14, 7, 16, False, True),
+        (14, 7, 16, True, False),  # weights go to keys and values
+        (56, 7, 16, False, False),  # the third stage at 896
+        (64, 16, 16, False, False),  # and in detection
+    ],
+)
+def test_a_mask_is_taken_for_many_small_windows(
+    monkeypatch: pytest.MonkeyPatch, side: int, windows: int, topk: int, soft: bool, masks: bool
+) -> None:
+    masked = []
+
+    def spy(*args: Any) -> Tensor:
+        masked.append(args)
+        return made(*args)
+
+    made = tiled.routing_mask
+    monkeypatch.setattr(tiled, "routing_mask", spy)
+    q, k, v = maps(1, side, side, 1, 4, dtype=torch.float32)
+    routing = torch.arange(topk).expand(1, windows**2, -1)
+    weight = torch.ones(1, windows**2, topk) if soft else None
+    bilevel_routing_attention(q, k, v, windows, topk, routing=routing, routing_weight=weight)
+    assert bool(masked) is masks
 
 
 def test_default_scale_is_that_of_the_head_and_arguments_go_by_position_and_name() -> None:
@@ -297,12 +352,6 @@ def test_a_wrong_call_is_told_the_rule(change: dict, message: str) -> None:
     q, k, v = maps(1, 8, 8, 2, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         bilevel_routing_attention(**{"q": q, "k": k, "v": v, "num_windows": 4, "topk": 2, **change})
-
-
-def test_backends_are_listed_best_first() -> None:
-    plain = ("tiled", "reference")
-    assert tuple(name for name in ops.backends("bilevel_routing") if name in plain) == plain
-    assert ops.bilevel_routing_attention is bilevel_routing_attention
 
 
 def test_window_means_are_plain_means_of_row_major_windows() -> None:

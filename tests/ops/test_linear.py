@@ -133,8 +133,8 @@ def faster(monkeypatch: pytest.MonkeyPatch, verdict: bool) -> list[tuple[int, ..
     """Settle what `auto` finds; the list gets what it asks."""
     asked: list[tuple[int, ...]] = []
 
-    def answer(rows: int, weight: Tensor) -> bool:
-        asked.append((rows, *weight.shape))
+    def answer(rows: int, weight: Tensor, bias: bool) -> bool:
+        asked.append((rows, *weight.shape, bias))
         return verdict
 
     monkeypatch.setattr(module, "onednn_is_faster", answer)
@@ -159,7 +159,7 @@ def test_auto_does_what_is_found_to_be_faster(monkeypatch: pytest.MonkeyPatch, v
     asked, seen = faster(monkeypatch, verdict), spied(monkeypatch)
     tensors = draw(2, 3)
     torch.testing.assert_close(linear(*tensors), F.linear(*tensors), rtol=0, atol=ATOL)
-    assert asked == [(6, 40, 24)]
+    assert asked == [(6, 40, 24, True)]
     assert seen == ([(6, 24)] if verdict else [])
 
 
@@ -328,7 +328,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state: dict[str, Any] = {"now": 0.0, "onednn": 1.0, "default": 1.0, "runs": []}
 
     def product(name: str) -> Callable[..., None]:
-        def run(x: Tensor, weight: Tensor) -> None:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+            assert bias is None or bias.shape == weight.shape[:1]
             state["now"] += state[name]
             state["runs"].append((name, x.shape[0]))
 
@@ -365,6 +366,9 @@ def test_each_size_and_number_of_threads_is_measured_once(clock: dict[str, Any])
         onednn_is_faster(rows, weight)
         assert {count for _, count in clock["runs"]} == ({measured} if measured else set())
     clock["runs"].clear()
+    onednn_is_faster(5, same, bias=True)
+    assert clock["runs"]
+    clock["runs"].clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     onednn_is_faster(5, same)
@@ -380,4 +384,4 @@ def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(weight, before)
     assert weight.grad is None
-    assert (4, 24, 40, torch.get_num_threads()) in module._found
+    assert (4, 24, 40, False, torch.get_num_threads()) in module._found

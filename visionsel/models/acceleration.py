@@ -15,7 +15,7 @@ from visionsel.ops.focal_modulation import focal_modulation
 from visionsel.ops.focal_modulation.tiled import tiled as tiled_focal
 from visionsel.ops.halo import halo_attention
 from visionsel.ops.halo.tiled import tiled as tiled_halo
-from visionsel.ops.linear import linear, onednn_is_faster, unavailable, why_not
+from visionsel.ops.linear import linear, onednn_is_faster, taken_by_auto, unavailable, why_not
 
 __all__ = ["accelerate"]
 
@@ -97,12 +97,16 @@ class AcceleratedFocalModulation(FocalModulation):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query, context and gates, NCHW."""
-        if not weights_suffice(self.f, nn.Conv2d):
+        if not any(weights_suffice(self.f, kind) for kind in (nn.Conv2d, AcceleratedPointwise)):
             return self.f(x).split(self.input_split, dim=1)
         # three projections into memory of their own: slices of one have gaps and would be copied
         weights = self.f.weight.split(self.input_split)
         biases = (None, None, None) if self.f.bias is None else self.f.bias.split(self.input_split)
-        return tuple(F.conv2d(x, w, b) for w, b in zip(weights, biases, strict=True))
+        pieces = zip(weights, biases, strict=True)
+        if isinstance(self.f, AcceleratedPointwise):
+            always = self.f.always_onednn
+            return tuple(pointwise(x, w, b, always) for w, b in pieces)
+        return tuple(F.conv2d(x, w, b) for w, b in pieces)
 
 
 @register_notrace_module
@@ -124,21 +128,53 @@ class AcceleratedLinear(nn.Linear):
         return out
 
 
+@register_notrace_module
+class AcceleratedPointwise(nn.Conv2d):
+    """A convolution of single pixels, computed by `visionsel.ops.linear`; made by `accelerate`.
+
+    A map that does not lie channels-last in memory is convolved as `nn.Conv2d` does.
+    """
+
+    always_onednn: bool  # as of AcceleratedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` -> `[B, out_channels, H, W]`."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:
+            return pointwise(x, self.weight, self.bias, self.always_onednn)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
+    """`[B, in, H, W]` by a kernel `[out, in, 1, 1]`, by oneDNN where it is faster, or always if it can."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        pixels, flat = x.permute(0, 2, 3, 1), weight.flatten(1)
+        usable = why_not(pixels, flat, bias) is None if always else taken_by_auto(pixels, flat, bias)
+        if usable:
+            return linear(pixels, flat, bias, "onednn").permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
+
+
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     HaloAttn: AcceleratedHaloAttn,
     FocalModulation: AcceleratedFocalModulation,
 }
 
 
-def accelerate(model: nn.Module, linears: bool | Literal["auto"] = "auto") -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    linears: bool | Literal["auto"] = "auto",
+    channels_last: bool | Literal["auto"] = "auto",
+) -> nn.Module:
     """Make timm's halo attention and focal modulation, and linear layers, of a model run faster.
 
-    Halo attention and focal modulation run on visionsel's operators. Linear layers in float32 on the CPU run
-    through oneDNN, which on some processors, AMD's among them, is much faster than what PyTorch takes.
+    Halo attention and focal modulation run on visionsel's operators. Linear layers, and convolutions of
+    single pixels, in float32 on the CPU run through oneDNN, which on some processors, AMD's among them, is
+    much faster than what PyTorch takes.
 
     Only the computation changes, in place: the model stays the same object with the same parameters,
     state-dict keys, hooks, mode, device and dtype, and `isinstance` of the layers' classes holds. Subclasses
-    of the three are left alone, since their forward may differ. Calling it again does nothing. Where a
+    of the four are left alone, since their forward may differ. Calling it again does nothing. Where a
     submodule has become more than its weights (an adapter, pruning, a hook of its own), timm's code runs.
     Moved to another device or dtype, under autocast, compiled or exported, a linear layer computes as
     `nn.Linear` does.
@@ -149,12 +185,16 @@ def accelerate(model: nn.Module, linears: bool | Literal["auto"] = "auto") -> nn
             machine, which takes some milliseconds for each size, once; later each call of them is decided by
             its own number of rows. As that rests on a clock, results may differ between processes by
             rounding. True changes all and measures nothing; False leaves linear layers alone.
+        channels_last: whether weights of convolutions are laid out channels-last in memory, from where the
+            layout spreads to all maps, the returned ones too: their shapes stay, their strides change. "auto"
+            does so where the model has halo attention or focal modulation, which would change the layout of
+            every map they take.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: for another value of `linears`.
+        ValueError: for another value of `linears` or `channels_last`.
         NotImplementedError: with `linears=True`, if this PyTorch has no oneDNN for linear layers.
 
     Warns:
@@ -170,20 +210,27 @@ def accelerate(model: nn.Module, linears: bool | Literal["auto"] = "auto") -> nn
         >>> torch.allclose(before, after, atol=1e-5)
         True
     """
-    if linears not in ("auto", True, False):
-        raise ValueError(f'linears must be "auto", True or False, got {linears!r}')
+    for name, value in {"linears": linears, "channels_last": channels_last}.items():
+        if value not in ("auto", True, False):
+            raise ValueError(f'{name} must be "auto", True or False, got {value!r}')
     always = linears is True
     if always and (reason := unavailable()):
         raise NotImplementedError(f'linears=True: {reason}; choose "auto" or False')
-    found = False
+    fast = {type(module) for module in model.modules()} & {*_FAST, *_FAST.values()}
+    if channels_last is True or (channels_last == "auto" and fast):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    # these stay convolutions, which the operator takes
+    kept = {id(module.h) for module in model.modules() if isinstance(module, FocalModulation)}
+    found = bool(fast) or channels_last is True
     for module in model.modules():
-        fast = _FAST.get(type(module))
-        if fast is not None:
-            module.__class__ = fast
-        elif linears and type(module) is nn.Linear and _gains(module, always):
-            module.__class__ = AcceleratedLinear
+        if type(module) in _FAST:
+            module.__class__ = _FAST[type(module)]
+        elif linears and id(module) not in kept and _is_linear(module) and _gains(module, always):
+            module.__class__ = AcceleratedLinear if isinstance(module, nn.Linear) else AcceleratedPointwise
             module.always_onednn = always  # type: ignore[assignment]  # a flag, not a tensor or module
-        found = found or type(module) in (*_FAST.values(), AcceleratedLinear)
+        found = found or isinstance(module, AcceleratedLinear | AcceleratedPointwise)
     if not found:
         others = " and no linear layer that oneDNN would speed up" if linears else ""
         warnings.warn(
@@ -194,10 +241,23 @@ def accelerate(model: nn.Module, linears: bool | Literal["auto"] = "auto") -> nn
     return model
 
 
-def _gains(layer: nn.Linear, always: bool) -> bool:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or a convolution of single pixels."""
+    if type(module) is nn.Conv2d:
+        return (
+            module.kernel_size == module.stride == (1, 1)
+            and module.padding in ((0, 0), "valid", "same")
+            and module.groups == 1
+        )
+    return type(module) is nn.Linear
+
+
+def _gains(layer: nn.Module, always: bool) -> bool:
     """Whether a linear layer is to run through oneDNN."""
+    weight, bias = layer.weight, layer.bias
     # the weight stands for an input: it has the layer's device, dtype and width
-    if why_not(layer.weight, layer.weight, layer.bias) is not None:
+    if why_not(weight, weight, bias) is not None:  # type: ignore[arg-type]
         return False
-    # as many rows as a small map has tokens
-    return always or onednn_is_faster(256, layer.weight)
+    # as many rows as a small map has tokens, or a large one
+    flat = weight.flatten(1)  # type: ignore[operator]
+    return always or any(onednn_is_faster(rows, flat, bias is not None) for rows in (256, 4096))

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-__all__ = ["linear", "onednn_is_faster", "unavailable", "why_not"]
+from visionsel.ops.checks import learns
+
+__all__ = ["linear", "onednn_is_faster", "taken_by_auto", "unavailable", "why_not"]
 
 _BACKENDS = ("auto", "onednn", "default")
 
@@ -28,7 +30,7 @@ _MARGIN = 1.1
 # multiplications of one timed product, unless 32 rows have more: a millisecond on one core
 _WORK = 2**26
 
-_found: dict[tuple[int, int, int, int], bool] = {}
+_found: dict[tuple[int, int, int, bool, int], bool] = {}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -67,16 +69,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     _check(x, weight, bias)
     if x.numel() == 0 or weight.numel() == 0:  # oneDNN has no empty products
         return F.linear(x, weight, bias)
-    if backend == "auto":
-        rows = x.numel() // weight.shape[1]
-        if torch.are_deterministic_algorithms_enabled() or not onednn_is_faster(rows, weight):
-            return F.linear(x, weight, bias)
+    if backend == "auto" and not taken_by_auto(x, weight, bias):
+        return F.linear(x, weight, bias)
     flat = x.reshape(-1, weight.shape[1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if learns(x, weight, bias):
         out = _Product.apply(flat, weight, bias)
     else:
         out = _product(flat, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def taken_by_auto(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether "auto" takes oneDNN for a call of `linear`."""
+    if why_not(x, weight, bias) is not None or torch.are_deterministic_algorithms_enabled():
+        return False
+    return x.numel() > 0 and onednn_is_faster(x.numel() // weight.shape[1], weight, bias is not None)
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -111,17 +118,19 @@ def unavailable() -> str | None:
     return None
 
 
-def onednn_is_faster(rows: int, weight: Tensor) -> bool:
+def onednn_is_faster(rows: int, weight: Tensor, bias: bool = False) -> bool:
     """Whether this machine multiplies `rows` rows of numbers by a weight faster through oneDNN.
 
-    Measured once in a process for each size (`rows` rounded up to a power of two, `in`, `out`) and number of
-    threads: both products in turn, six times each, compared by the shortest time of each. That takes some
-    milliseconds, since long inputs are stood for by shorter ones. oneDNN must be 1.1 times as fast. Where
-    the two are that close, the answer may differ between processes, and with it the rounding of results.
+    Measured once in a process for each size (`rows` rounded up to a power of two, `in`, `out`), with or
+    without bias, and number of threads: both products in turn, six times each, compared by the shortest time
+    of each. That takes some milliseconds, since long inputs are stood for by shorter ones. oneDNN must be 1.1
+    times as fast. Where the two are that close, the answer may differ between processes, and with it the
+    rounding of results.
 
     Args:
         rows: of the input, all leading axes together; 1 or more.
         weight: `[out, in]`, float32 on the CPU; its values do not matter.
+        bias: whether one is added, for which PyTorch's own makes a pass over the output.
 
     Returns:
         False also where there is no oneDNN or nothing to multiply.
@@ -130,22 +139,28 @@ def onednn_is_faster(rows: int, weight: Tensor) -> bool:
         return False
     out_features, in_features = weight.shape
     rows = min(1 << (rows - 1).bit_length(), max(32, _WORK // weight.numel()))
-    key = (rows, in_features, out_features, torch.get_num_threads())
+    key = (rows, in_features, out_features, bias, torch.get_num_threads())
     if key not in _found:
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             x = torch.ones(rows, in_features, dtype=torch.float32, device="cpu")
-            ours, theirs = _seconds([_product, F.linear], x, weight.detach())
+            added = x.new_ones(out_features) if bias else None
+            ours, theirs = _seconds([_product, F.linear], x, weight.detach(), added)
         _found[key] = ours * _MARGIN < theirs
     return _found[key]
 
 
-def _seconds(products: list[Callable[[Tensor, Tensor], Tensor]], x: Tensor, weight: Tensor) -> list[float]:
+def _seconds(
+    products: list[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[float]:
     """The shortest of six runs of each, in turn; what else runs on the machine only lengthens them."""
     shortest = [float("inf")] * len(products)
     for _ in range(6):
         for i, product in enumerate(products):
             start = perf_counter()
-            product(x, weight)
+            product(x, weight, bias)
             shortest[i] = min(shortest[i], perf_counter() - start)
     return shortest
 

@@ -20,8 +20,10 @@ def window_means(x: Tensor, num_windows: tuple[int, int]) -> Tensor:
     nh, nw = num_windows
     # in half precision, means of many tokens collide and the top-k would be decided by rounding
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = x.reshape(batch, nh, height // nh, nw, width // nw, heads, head_dim)
-    return x.mean((2, 4), dtype=dtype).reshape(batch, nh * nw, heads * head_dim)
+    x = x.flatten(3).reshape(batch, nh, height // nh, nw, width // nw, heads * head_dim)
+    # along one axis at a time, which on the CPU is ten times as fast as along two
+    x = x.sum(4, dtype=dtype).sum(2) / ((height // nh) * (width // nw))
+    return x.reshape(batch, nh * nw, heads * head_dim)
 
 
 def top_windows(query_means: Tensor, key_means: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:

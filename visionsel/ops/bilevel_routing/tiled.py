@@ -4,6 +4,9 @@ The keys of one window and head are stored as one contiguous row, so that gather
 that row and its backward one addition, instead of an element-wise gather and scatter. The gathered rows are
 already in the layout that batched matrix products want.
 
+Where windows are small and many of them are routed, as in the third stage of BiFormer, nothing is gathered:
+attention to all keys under a mask is some times more arithmetic, but in large products.
+
 Everything here is in the TorchScript subset, since scripted layers call it.
 """
 
@@ -27,15 +30,20 @@ def tiled(
 ) -> Tensor:
     """Attend from every window to those that `index` `[B, windows, topk]` names; None means all windows."""
     batch, height, width, heads, _ = query.shape
+    nh, nw = num_windows
+    mask: Tensor | None = None
+    if index is not None and weight is None and masking_pays(query, nh * nw, index.shape[2]):
+        mask = routing_mask(index, num_windows, query, key)
+        index = None
     if index is None:
         out = attend(
             query.flatten(1, 2).transpose(1, 2),
             key.flatten(1, 2).transpose(1, 2),
             value.flatten(1, 2).transpose(1, 2),
             scale,
+            mask,
         )
         return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[4])
-    nh, nw = num_windows
     topk = index.shape[2]
     regions = torch.arange(batch * heads, device=index.device).view(batch, heads, 1, 1) * (nh * nw)
     row = (index.unsqueeze(1) + regions).flatten()
@@ -50,6 +58,39 @@ def tiled(
     out = attend(query, key, value, scale)
     out = out.view(batch, heads, nh, nw, height // nh, width // nw, value.shape[3])
     return out.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height, width, heads, value.shape[3])
+
+
+def masking_pays(query: Tensor, windows: int, topk: int) -> bool:
+    """Whether attention to all keys under a mask is faster than gathering those that are routed.
+
+    As measured on the CPU by `visionsel bench ops`; gathering costs by the window, arithmetic by the token.
+    """
+    if query.device.type != "cpu" or windows > 5 * topk:
+        return False
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+        if torch.compiler.is_compiling():
+            return True  # one graph holds for every size of the map
+    return query.shape[1] * query.shape[2] <= 16 * windows
+
+
+def routing_mask(index: Tensor, num_windows: tuple[int, int], query: Tensor, key: Tensor) -> Tensor:
+    """Routing `[B, windows, topk]` -> what is added to the logits of two maps, `[B, 1, queries, keys]`.
+
+    The logarithm of how often a window is routed: 0 once, -inf never.
+    """
+    nh, nw = num_windows
+    batch, windows, _ = index.shape
+    # half precision would round the logarithms
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    times = torch.zeros(batch, windows, windows, dtype=dtype, device=index.device)
+    times = times.scatter_add(2, index, torch.ones_like(index, dtype=dtype))
+    mask = times.log().to(query.dtype).view(batch, windows, nh, 1, nw, 1)
+    # first for every key, then rows of keys for every query, so that long runs are copied
+    kept_h, kept_w = key.shape[1] // nh, key.shape[2] // nw
+    mask = mask.expand(-1, -1, -1, kept_h, -1, kept_w).reshape(batch, nh, 1, nw, 1, nh * kept_h * nw * kept_w)
+    side_h, side_w = query.shape[1] // nh, query.shape[2] // nw
+    mask = mask.expand(-1, -1, side_h, -1, side_w, -1)
+    return mask.reshape(batch, 1, nh * side_h * nw * side_w, nh * kept_h * nw * kept_w)
 
 
 def region_rows(x: Tensor, nh: int, nw: int) -> Tensor:
@@ -69,17 +110,15 @@ def per_region(rows: Tensor, x: Tensor, nh: int, nw: int, regions: int) -> Tenso
     return rows.view(batch, heads * nh * nw, regions * (height // nh) * (width // nw), head_dim)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention on `[B, N, tokens, head_dim]`."""
-    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not torch.jit.is_scripting() and torch.jit.is_tracing():
-        training = False  # a trace is checked and run without gradients
-    # on CPU the fused kernel is slower than matrix products in backward and in bfloat16
-    fused = query.device.type != "cpu" or (not training and query.dtype in (torch.float32, torch.float64))
-    if fused:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    attention = ((query * scale) @ key.transpose(2, 3)).softmax(-1)
-    return attention @ value
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention on `[B, N, tokens, head_dim]`; a mask is added to the logits."""
+    # on the CPU the fused kernel is the slower one in half precision
+    if query.device.type != "cpu" or query.dtype == torch.float32 or query.dtype == torch.float64:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    logits = (query * scale) @ key.transpose(2, 3)
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1) @ value
 
 
 def scriptable_attention(
