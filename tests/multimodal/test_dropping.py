@@ -20,6 +20,7 @@ from visionsel.multimodal import dropping
 from visionsel.multimodal.attention import AttentionCall, Output, attention_rows
 from visionsel.multimodal.cache import PrunedLayer, PrunedSlidingLayer
 from visionsel.multimodal.dropping import Dropper
+from visionsel.multimodal.families import find_family
 from visionsel.multimodal.pruning.pruner import Pruner, Stage, VisualTokens
 from visionsel.multimodal.session import open_session
 
@@ -349,6 +350,33 @@ def test_images_of_several_sizes_keep_their_part_each(name: str) -> None:
     model, inputs = tiny(name), make_inputs(name, 3, (2, 9, 5), (4, 6, 3), image_sizes=sizes)
     assert len(set(visual_tokens(inputs).sum(1).tolist())) == 3
     assert_it_equals_the_oracle(model, {0: (0.5,), 2: (0.5,)}, inputs, partial(run, model, inputs))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_the_mask_of_a_padded_prompt_is_not_made_where_its_tokens_never_reach_a_layer(
+    name: str, layer: int
+) -> None:
+    model, inputs = tiny(name), inputs_of(name)
+    assert not inputs["attention_mask"].all()
+    sizes: list[int] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(0 if kwargs["attention_mask"] is None else kwargs["attention_mask"].shape[-1])
+
+    decoder = find_family(model).decoder(model)
+    seen: list[int] = []
+    # before the hooks of the context: what the decoder made; after them: what the layer gets
+    before = decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    with ByScore({layer: (0.4,)})(model), torch.no_grad():
+        after = decoder.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["attention_mask"].shape[-1]), with_kwargs=True
+        )
+        kept = model(**inputs).logits.shape[1]
+        after.remove()
+    before.remove()
+    length = inputs["input_ids"].shape[1]
+    assert (sizes, seen) == ([0], [kept]) if layer == 0 else (sizes, seen) == ([length], [length])
 
 
 @pytest.mark.parametrize("name", every())

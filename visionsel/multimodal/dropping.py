@@ -94,6 +94,7 @@ class Dropper:
         self.record: Record | None = None
         self._state: Dropped | None = None
         self._previous: AttentionCall | None = None
+        self._whole: Dropped | None = None  # the prompt, if its mask is left to this dropper
         self._gathered: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
 
     @staticmethod
@@ -133,31 +134,47 @@ class Dropper:
                 del dropper.points[layer]
 
     def _install(self) -> None:
-        stack = self.session.stack
+        stack, decoder = self.session.stack, self.session.decoder
         stack.callback(self.session.watch(self._begin, everywhere=True))
+        stack.callback(decoder.register_forward_pre_hook(self._withhold, with_kwargs=True).remove)
         stack.callback(self.session.hold(self._hold))
         for number, layer in enumerate(self.session.layers):
             hook = layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
             stack.callback(hook.remove)
-        stack.callback(self.session.decoder.register_forward_hook(self._after, with_kwargs=True).remove)
-        if hasattr(self.session.decoder, "_deepstack_process"):
-            deepen = self.session.decoder._deepstack_process
-            self.session.wrap(self.session.decoder, "_deepstack_process", self._deepstack(deepen))
+        stack.callback(decoder.register_forward_hook(self._after, with_kwargs=True).remove)
+        if hasattr(decoder, "_deepstack_process"):
+            self.session.wrap(decoder, "_deepstack_process", self._deepstack(decoder._deepstack_process))
 
     def _begin(self, scope: PromptScope) -> None:
         self._gathered = {}
         if scope.prefill:
-            self._state = self._previous = None
+            self._state = self._previous = self._whole = None
             self.record = Record(scope, [], [None] * len(self.session.layers), [])
+
+    def _withhold(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Where tokens are dropped before the first layer, the mask of the whole prompt need not be made.
+
+        Of a padded prompt the decoder would make one, `[B, 1, L, L]`; the hook before the first layer makes
+        that of the tokens that stay.
+        """
+        scope, mask = self.session.scope, kwargs.get("attention_mask")
+        if scope is None or not scope.prefill or 0 not in self.points or not self._kernel().endswith("sdpa"):
+            return None
+        if not torch.is_tensor(mask) or mask.ndim != 2 or bool(scope.real.all()):
+            return None
+        columns = torch.arange(scope.length, device=mask.device).expand(len(mask), -1)
+        self._whole = Dropped(scope.length, columns, scope.real.to(mask.device), False)
+        return args, {**kwargs, "attention_mask": None}
 
     @contextmanager
     def _hold(self) -> Iterator[None]:
         """Another prompt is pruned like the main one; what is told is about the main one."""
-        record, state, previous = self.record, self._state, self._previous
+        record, state, previous, whole = self.record, self._state, self._previous, self._whole
         try:
             yield
         finally:
-            self.record, self._state, self._previous, self._gathered = record, state, previous, {}
+            self.record, self._state, self._previous, self._whole = record, state, previous, whole
+            self._gathered = {}
 
     def _keep_call(self, call: AttentionCall, run: Callable[[AttentionCall], Output]) -> Output:
         if self.session.scope is not None and self.session.scope.prefill:
@@ -173,13 +190,12 @@ class Dropper:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 if number in self.points:
                     hidden = self._select(self.points[number], hidden, kwargs)
-                elif self._state is None:
+                elif self._state is None and self._whole is None:
                     return None
-                changed = dict(kwargs)
+                changed = kwargs | self._prompt_arguments(kwargs)
                 if self._state is not None:
                     assert self.record is not None
                     self.record.states[number] = self._state
-                    changed |= self._prompt_arguments(self._state, kwargs)
                 if args:
                     return (hidden, *args[1:]), changed
                 return args, {**changed, "hidden_states": hidden}
@@ -209,8 +225,7 @@ class Dropper:
 
         def own() -> AttentionCall:
             probed.append((point.layer, hidden.shape[1]))
-            arguments = kwargs | self._prompt_arguments(state, kwargs) if state is not None else kwargs
-            return self.session.probe(point.layer, hidden, arguments)
+            return self.session.probe(point.layer, hidden, kwargs | self._prompt_arguments(kwargs))
 
         previous, self._previous = self._previous, None
         arrival = Arrival(
@@ -229,11 +244,16 @@ class Dropper:
         self._state = Dropped(scope.length, columns.gather(1, local), real, bool(real.all()))
         return take(hidden, local, 1)
 
-    def _prompt_arguments(self, state: Dropped, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Masks and positions of the tokens that are left."""
+    def _prompt_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Masks and positions of the tokens that are left, where they are others than the layer gets."""
         changes: dict[str, Any] = {}
+        state = self._state or self._whole
+        if state is None:
+            return changes
         mask = kwargs.get("attention_mask")
         changes["attention_mask"] = self._once(mask, state, lambda: self._prompt_mask(mask, state))
+        if state is self._whole:
+            return changes
         embeddings = kwargs["position_embeddings"]
         changes["position_embeddings"] = tuple(
             self._once(one, state, partial(_take_positions, one, state.columns)) for one in embeddings
