@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -66,6 +67,37 @@ def test_it_equals_the_authors_kernels(case: dict[str, Any], backend: str) -> No
 
 KERNELS = st.sampled_from([1, 3, 5, 7])
 DILATIONS = st.sampled_from([1, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("size", "dilation", "kinds"),
+    [
+        ((56, 49), 1, 9),  # corners, sides and what is between
+        ((56, 14), 1, 3),
+        ((14, 9), 1, 1),
+        ((56, 56), 8, 1),  # each grid is one tile
+        ((30, 30), 4, 4),  # grids of 8 and of 7
+    ],
+)
+def test_without_gradients_tiles_of_one_kind_share_a_table(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dilation: int, kinds: int
+) -> None:
+    masks: list[tuple[int, ...]] = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        masks.append(tuple(mask.shape))
+        return attend(q, k, v, mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = maps(2, *size, 3, 4)
+    bias = table(3, (7, 7))
+    out = neighborhood_attention(q, k, v, 7, dilation, bias)
+    assert [mask[:2] for mask in masks] == [(1, 3)] * kinds
+    masks.clear()
+    learned = neighborhood_attention(q.requires_grad_(), k, v, 7, dilation, bias)
+    assert masks == []  # where something is learned, products of matrices
+    torch.testing.assert_close(out, learned, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

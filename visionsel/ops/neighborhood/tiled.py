@@ -7,7 +7,8 @@ the logit -inf. A side of at most 14 is not cut; a grid as large as the kernel i
 
 The tables of logits come from those of single axes: `relative[query, key]` is the row of the bias table, or
 the one behind its end, which holds -inf, for keys that are not neighbors. Most tiles of a map are of one
-kind, and their tables are computed once.
+kind, and their tables are computed once (`visionsel.ops.neighborhood.tables`). Where nothing is learnt on the
+CPU, the tiles of a kind share theirs (`visionsel.ops.neighborhood.by_kind`).
 
 Everything here is in the TorchScript subset, since scripted layers call it.
 """
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops.neighborhood.by_kind import by_kind, serves
+from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_sizes
 from visionsel.ops.plans import keep_plans
 
 __all__ = ["tiled"]
@@ -31,13 +34,15 @@ def tiled(
     scale: float,
 ) -> Tensor:
     """Attend from each position of `[B, H, W, heads, head_dim]` to its kernel of neighbors."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+        if serves(query, key, value, rel_pos_bias):
+            return by_kind(query, key, value, kernel_size, dilation, rel_pos_bias, scale)
     batch, height, width, heads, head_dim = query.shape
     value_dim = value.shape[4]
     kh, kw = kernel_size
     dh, dw = dilation
-    nh, nw = (height + dh - 1) // dh, (width + dw - 1) // dw  # the longest grid
-    th, tw = nh if nh <= 14 else 7, nw if nw <= 14 else 7
-    rows, columns = (nh + th - 1) // th, (nw + tw - 1) // tw
+    nh, th, rows = tile_sizes(height, dh)
+    nw, tw, columns = tile_sizes(width, dw)
     # grids of one size share their tables and can stand in the batch; otherwise they stand beside the tiles
     alike = height % dh == 0 and width % dw == 0
     gh, gw = (1, 1) if alike else dilation
@@ -68,10 +73,12 @@ def tiled(
 
     bias: Tensor | None = None
     if rel_pos_bias is not None:
-        bias = logit_table(rel_pos_bias.to(query.dtype), relative_rows, relative_columns, kinds)
+        bias = kind_tables(rel_pos_bias.to(query.dtype), relative_rows, relative_columns)
     elif not (nh == kh and nw == kw and alike):
         table = torch.zeros(1, 2 * kh - 1, 2 * kw - 1, dtype=query.dtype, device=query.device)
-        bias = logit_table(table, relative_rows, relative_columns, kinds)
+        bias = kind_tables(table, relative_rows, relative_columns)
+    if bias is not None and kinds.shape[0] > 1:
+        bias = bias.index_select(1, kinds)
     out = attend(query, key, value, bias, scale)
 
     if alike:
@@ -102,24 +109,6 @@ def gather_windows(
     x = x.permute(0, 2, 4, 5, 1, 3, 6) if alike else x.permute(0, 5, 2, 4, 1, 3, 6)
     x = x.reshape(batch * heads * dh * dw, nh * nw, head_dim)
     return x if one_tile else x.index_select(1, windows)
-
-
-def logit_table(table: Tensor, rows: Tensor, columns: Tensor, kinds: Tensor) -> Tensor:
-    """What a bias table `[heads, 2Kh-1, 2Kw-1]` and the limits of the neighborhoods add to the logits.
-
-    Returns:
-        `[heads, tiles, queries, keys]`.
-    """
-    heads = table.shape[0]
-    kinds_h, th, keys_h = rows.shape
-    kinds_w, tw, keys_w = columns.shape
-    table = F.pad(table, [0, 1, 0, 1], value=-float("inf"))
-    # both selections copy whole rows, and their backward adds whole rows
-    table = table.transpose(1, 2).index_select(1, columns.flatten())
-    table = table.transpose(1, 2).contiguous().index_select(1, rows.flatten())
-    table = table.view(heads, kinds_h, th, keys_h, kinds_w, tw, keys_w).permute(0, 1, 4, 2, 5, 3, 6)
-    table = table.reshape(heads, kinds_h * kinds_w, th * tw, keys_h * keys_w)
-    return table if kinds.shape[0] == 1 else table.index_select(1, kinds)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -170,28 +159,3 @@ def build_plan(
 
 
 kept_plan = keep_plans(build_plan)
-
-
-def axis_tables(
-    length: int, kernel_size: int, dilation: int, tile: int, grids: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
-    longest = (length + dilation - 1) // dilation
-    tiles = (longest + tile - 1) // tile
-    keys = min(tile + kernel_size - 1, longest)
-    grid_length = (length + dilation - 1 - torch.arange(grids, device=device)[:, None, None]) // dilation
-    first = torch.arange(tiles, device=device)[:, None] * tile
-    # queries behind the map's end take the window of the last one: a row of -inf would give NaN
-    query = (first + torch.arange(tile, device=device)).minimum(grid_length - 1)  # [grids, tiles, queries]
-    start = (query - kernel_size // 2).clamp(min=0).minimum(grid_length - kernel_size)
-    key = (first - kernel_size // 2).clamp(min=0).clamp(max=longest - keys)
-    key = key + torch.arange(keys, device=device)
-    query, start = query.unsqueeze(3), start.unsqueeze(3)
-    inside = (key[:, None] >= start) & (key[:, None] < start + kernel_size)
-    relative = torch.where(inside, key[:, None] - query + kernel_size - 1, 2 * kernel_size - 1).flatten(0, 1)
-    kinds = torch.arange(grids * tiles, device=device)
-    if torch.jit.is_scripting():
-        pass
-    elif not torch.compiler.is_compiling() and type(relative) is Tensor and not relative.is_meta:
-        relative, kinds = torch.unique(relative, dim=0, return_inverse=True)
-    return key, relative, kinds.view(grids, tiles)
