@@ -2,8 +2,9 @@
 
 What `tiled` computes, by the same tiles and tables. There each tile gets a table of logits of its own, which
 for large maps is more memory than all else. Here tiles of one kind stand together and share one table, which
-stays in the cache of the processor; tokens are gathered with all their heads in one row, and the fused kernel
-takes them as they lie. A backward through that would add up slices, so training is left to `tiled`.
+stays in the cache of the processor; tokens are gathered with all their heads in one row, some tiles at a
+time, and the fused kernel takes them as they lie. A backward through that would add up slices, so training is
+left to `tiled`.
 """
 
 import torch
@@ -15,6 +16,8 @@ from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_siz
 from visionsel.ops.plans import keep_plans
 
 __all__ = ["by_kind", "serves"]
+
+_NUMBERS = 2**19  # keys that are gathered at a time: two megabytes, which stay in the cache
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
@@ -38,7 +41,7 @@ def by_kind(
     scale: float,
 ) -> Tensor:
     """See `neighborhood_attention`; maps `[B, H, W, heads, head_dim]`."""
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, head_dim = query.shape
     queries, keys, places, rows, columns, numbers = kept_plan(
         height, width, kernel_size, dilation, query.device
     )
@@ -51,17 +54,19 @@ def by_kind(
 
     # a grid that is one tile of the whole map lies in order already
     whole = len(queries) == 1 and dilation == (1, 1)
-    query, key, value = (
-        x.flatten(1, 2) if whole else _gather(x, index, batch)
-        for x, index in ((query, queries), (key, keys), (value, keys))
-    )
-    outs, start = [], 0
+    query, key, value = (x.flatten(1, 2) if whole else _rows(x) for x in (query, key, value))
+    step = max(1, _NUMBERS // (batch * keys.shape[1] * heads * head_dim))
+    outs, stop = [], 0
     for kind, number in enumerate(numbers.tolist()):
-        stop = start + number * batch
         mask = None if tables is None else tables[None, :, kind]
-        q, k, v = (x[start:stop].transpose(1, 2) for x in (query, key, value))
-        outs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2))
-        start = stop
+        start, stop = stop, stop + number
+        for first in range(start, stop, step):
+            some = slice(first, min(first + step, stop))
+            q, k, v = (
+                (x if whole else _gather(x, index[some], batch, height * width, heads)).transpose(1, 2)
+                for x, index in ((query, queries), (key, keys), (value, keys))
+            )
+            outs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     if not whole:
         tile, local = places
@@ -71,14 +76,17 @@ def by_kind(
     return out.reshape(batch, height, width, heads, -1)
 
 
-def _gather(x: Tensor, index: Tensor, batch: int) -> Tensor:
-    """Pixels `[tiles, N]` of `[B, H, W, heads, head_dim]` -> `[tiles * B, N, heads, head_dim]`."""
-    _, height, width, heads, head_dim = x.shape
+def _rows(x: Tensor) -> Tensor:
+    """`[B, H, W, heads, head_dim]` -> a row a pixel."""
+    batch, height, width, heads, head_dim = x.shape
+    return x.reshape(batch * height * width, heads * head_dim)
+
+
+def _gather(rows: Tensor, index: Tensor, batch: int, pixels: int, heads: int) -> Tensor:
+    """Pixels `[tiles, N]` of maps of so many -> `[tiles * B, N, heads, head_dim]`."""
     if batch > 1:
-        sample = torch.arange(batch, device=x.device)[:, None] * (height * width)
-        index = index[:, None] + sample
-    rows = x.reshape(batch * height * width, heads * head_dim).index_select(0, index.flatten())
-    return rows.view(-1, index.shape[-1], heads, head_dim)
+        index = index[:, None] + torch.arange(batch, device=index.device)[:, None] * pixels
+    return rows.index_select(0, index.flatten()).view(-1, index.shape[-1], heads, rows.shape[1] // heads)
 
 
 def build_plan(
