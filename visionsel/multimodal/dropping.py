@@ -287,7 +287,8 @@ class Dropper:
                 return real.to(torch.int64)
             size = columns.shape[1]
             causal = torch.ones(size, size, dtype=torch.bool, device=columns.device).tril()
-            return _hide(causal[None, None], real)
+            # the whole prompt has the decoder's own mask, in which padding sees nothing
+            return _hide(causal[None, None], real, rows=state is not self._whole)
         if mask.ndim == 2:
             return take(mask, columns, 1) * real.to(mask.dtype)
         if mask.ndim != 4:
