@@ -64,6 +64,8 @@ bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the 
 	$(BIN)/python -m benchmarks.pruning --threads 1
 	$(BIN)/python -m benchmarks.grounding --threads 1
 	$(BIN)/python -m benchmarks.tables $(foreach p,ops models growth memory pruning grounding,runs/bench/$(p).json)
+	$(BIN)/python -m benchmarks.speeds runs/bench/ops.json runs/bench/models.json --write
+	$(BIN)/python -m benchmarks.profiles --write
 
 docs: $(READY)  ## the documentation as a site, in site/
 	$(BIN)/python -m mkdocs build --strict

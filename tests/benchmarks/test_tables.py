@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import timm
+import torch
+from torch import nn
 
-from benchmarks import cases, models, ops, paired, roofline, tables, targets
+from benchmarks import cases, models, ops, paired, profiles, roofline, speeds, tables, targets
 
 MACHINE = {
     "device": "cpu",
@@ -221,3 +223,36 @@ def test_the_programs_print_pages_and_goals(tmp_path: Path, capsys: pytest.Captu
     old.write_text(json.dumps({"machine": {"torch": "2.14"}, "timings": []}))
     with pytest.raises(ValueError, match=r"old\.json has no results of a program of benchmarks/"):
         tables.main([str(old), "--folder", str(tmp_path)])
+
+
+def test_the_readmes_speeds_are_judged_as_the_goals_are() -> None:
+    case = f"{targets.BIASED}, forward"
+    timings = [
+        {"case": case, "name": name, "seconds": seconds, "cpu_seconds": seconds}
+        for name, seconds in {"naive gather": [8.0, 9.0, 8.0], "auto": [2.0, 3.0, 4.0]}.items()
+    ]
+    machine = {"device": "cpu", "threads": 1}
+    rows = speeds.table([{"program": "ops", "machine": machine, "timings": timings}]).splitlines()
+    assert rows[2].endswith("| 3.0x | - |")  # the median of 4, 3 and 2
+    assert all(row.endswith("| - | - |") for row in rows[3:])
+    assert len(rows) == 2 + len(speeds.ROWS)
+
+
+def test_a_profile_tells_kinds_of_operators_apart() -> None:
+    kinds = {
+        "aten::addmm": "products, convolutions",
+        "mkldnn::_linear_pointwise": "products, convolutions",
+        "aten::mkldnn_convolution": "products, convolutions",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention kernel",
+        "aten::native_batch_norm": "norms",
+        "aten::index_select": "copies, gathers",
+        "aten::gelu": "activations",
+        "aten::add": "rest",
+    }
+    assert {name: profiles.kind_of(name) for name in kinds} == kinds
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.BatchNorm2d(8)).eval()
+    found = profiles.measure(model, torch.randn(1, 3, 16, 16))
+    assert {"products, convolutions", "activations", "norms"} <= set(found)
+    assert (
+        profiles.table([("`a`", {"norms": 3.0, "rest": 1.0})]).splitlines()[2].startswith("| `a` | 4 | 0 %")
+    )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import input_tensor, load_fixture
@@ -98,6 +99,12 @@ def test_without_gradients_tiles_of_one_kind_share_a_table(
     learned = neighborhood_attention(q.requires_grad_(), k, v, 7, dilation, bias)
     assert masks == []  # where something is learned, products of matrices
     torch.testing.assert_close(out, learned, rtol=0, atol=1e-10)
+
+
+def test_maps_without_numbers_have_a_shape() -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 20, 23, 2, 4)
+        assert neighborhood_attention(q, q, q, 7, 2).shape == q.shape
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -80,7 +80,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
 
 
 def taken_by_auto(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether "auto" takes oneDNN for a call of `linear`."""
+    """Whether "auto" takes oneDNN for a call of `linear`.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+    """
     if why_not(x, weight, bias) is not None or torch.are_deterministic_algorithms_enabled():
         return False
     return x.numel() > 0 and onednn_is_faster(x.numel() // weight.shape[1], weight, bias is not None)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from visionsel.ops.bilevel_routing.routing import times_routed
 from visionsel.ops.checks import in_autocast_dtype, learns
 from visionsel.ops.compilation import call_compiled, sizes_are_fixed
 from visionsel.ops.flexible import attention, ordered, refusal, refuse_uncompiled
@@ -170,9 +171,7 @@ def routing_tables(index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         number `[B, 1, windows]` of the windows it names and, first, which ones `[B, 1, windows, windows]`,
         both int32.
     """
-    batch, windows, _ = index.shape
-    times = torch.zeros(batch, windows, windows, device=index.device)
-    times = times.scatter_add(2, index, torch.ones_like(index, dtype=times.dtype))
+    times = times_routed(index)
     return times, times.clamp(min=1).log(), *ordered(times.unsqueeze(1) > 0)
 
 

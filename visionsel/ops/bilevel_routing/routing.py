@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["top_windows", "window_means"]
+__all__ = ["times_routed", "top_windows", "window_means"]
 
 
 def window_means(x: Tensor, num_windows: tuple[int, int]) -> Tensor:
@@ -49,3 +49,10 @@ def top_windows(query_means: Tensor, key_means: Tensor, topk: int, scale: float)
             logits = (query_means * scale) @ key_means.transpose(1, 2)
     chosen, index = logits.topk(topk, dim=-1)
     return index, chosen
+
+
+def times_routed(index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Routing `[B, windows, topk]` -> how often each window attends to each, `[B, windows, windows]`."""
+    batch, windows, _ = index.shape
+    times = torch.zeros(batch, windows, windows, dtype=dtype, device=index.device)
+    return times.scatter_add(2, index, torch.ones_like(index, dtype=dtype))

@@ -23,7 +23,8 @@ _NUMBERS = 2**19  # keys that are gathered at a time: two megabytes, which stay 
 def serves(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
     """Whether a call is one of these: eager, on the CPU, in single or double precision, nothing learnt."""
     return (
-        query.device.type == "cpu"
+        type(query) is Tensor  # a plan of fake tensors has no numbers
+        and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and not learns(query, key, value, rel_pos_bias)
         and not torch.compiler.is_compiling()
@@ -130,7 +131,7 @@ def _axis(
     """One axis: places of queries and keys `[grids * tiles, N]`, relative positions, kinds of tiles."""
     _, tile, tiles = tile_sizes(length, dilation)
     grids = torch.arange(dilation, device=device)[:, None, None]
-    key, relative, kind = axis_tables(length, kernel_size, dilation, tile, dilation, device)
+    key, relative, kind = axis_tables(length, kernel_size, dilation, dilation, device)
     query = torch.arange(tiles * tile, device=device).view(1, tiles, tile)
     query, key = query * dilation + grids, key * dilation + grids
     return query.flatten(0, 1), key.flatten(0, 1), relative, kind.flatten()

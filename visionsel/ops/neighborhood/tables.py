@@ -37,11 +37,10 @@ def kind_tables(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def axis_tables(
-    length: int, kernel_size: int, dilation: int, tile: int, grids: int, device: torch.device
+    length: int, kernel_size: int, dilation: int, grids: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
-    longest = (length + dilation - 1) // dilation
-    tiles = (longest + tile - 1) // tile
+    longest, tile, tiles = tile_sizes(length, dilation)
     keys = min(tile + kernel_size - 1, longest)
     grid_length = (length + dilation - 1 - torch.arange(grids, device=device)[:, None, None]) // dilation
     first = torch.arange(tiles, device=device)[:, None] * tile

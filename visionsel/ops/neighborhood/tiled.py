@@ -59,11 +59,11 @@ def tiled(
 
     if torch.jit.is_scripting():
         windows, relative_rows, relative_columns, kinds = build_plan(
-            height, width, kernel_size, dilation, (th, tw), (gh, gw), query.device
+            height, width, kernel_size, dilation, (gh, gw), query.device
         )
     else:
         windows, relative_rows, relative_columns, kinds = kept_plan(
-            height, width, kernel_size, dilation, (th, tw), (gh, gw), query.device
+            height, width, kernel_size, dilation, (gh, gw), query.device
         )
     one_tile = rows == 1 and columns == 1  # it sees the whole grid
     key = gather_windows(key, windows, dilation, (nh, nw), alike, one_tile)
@@ -141,7 +141,6 @@ def build_plan(
     width: int,
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
-    tile: tuple[int, int],
     grids: tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,8 +150,8 @@ def build_plan(
         The windows `[tiles of a grid * keys]` as positions in a grid; the relative positions of queries and
         keys along each axis `[kinds, queries, keys]`; the kind of each tile `[grids * tiles of a grid]`.
     """
-    key_h, rows, kind_h = axis_tables(height, kernel_size[0], dilation[0], tile[0], grids[0], device)
-    key_w, columns, kind_w = axis_tables(width, kernel_size[1], dilation[1], tile[1], grids[1], device)
+    key_h, rows, kind_h = axis_tables(height, kernel_size[0], dilation[0], grids[0], device)
+    key_w, columns, kind_w = axis_tables(width, kernel_size[1], dilation[1], grids[1], device)
     windows = key_h[:, None, :, None] * ((width + dilation[1] - 1) // dilation[1]) + key_w[:, None, :]
     kinds = kind_h[:, None, :, None] * columns.shape[0] + kind_w[:, None, :]
     return windows.flatten(), rows, columns, kinds.flatten()
