@@ -15,6 +15,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[multimodal,train,export,demo,docs,dev]"
+	@# without its CUDA kernels, which take hours to build; what it is measured and tested against on the CPU
+	-CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps "natten>=0.21"
 	@touch $@
 
 quickstart: $(READY)  ## train three backbones on real digits; one page of captions, grounding, pruning, hallucination (a few minutes)

@@ -434,6 +434,22 @@ def test_the_layout_of_weights_and_maps_is_a_choice() -> None:
         accelerate(model, channels_last=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["biformer_tiny", "nat_mini"])
+def test_stages_that_keep_their_maps_channels_last_get_such_weights(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, depths=(1, 1, 1, 1)).eval()
+    fast = accelerate(copy.deepcopy(model), linears=False)
+    assert type(fast) is type(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    weights = [m.weight for m in fast.modules() if isinstance(m, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    image = torch.randn(1, 3, 112, 112)
+    torch.testing.assert_close(fast(image), model(image), rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match="nothing was accelerated"):
+        accelerate(model, linears=False, channels_last=False)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("verdict", [True, False])
 def test_auto_swaps_the_linear_layers_that_gain(
     monkeypatch: pytest.MonkeyPatch, onednn: list[tuple[int, ...]], verdict: bool

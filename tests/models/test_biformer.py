@@ -303,3 +303,14 @@ def test_settings_of_other_lengths_are_refused_and_models_pickle() -> None:
     model = toy().eval()
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(image), model(image), rtol=0, atol=0)
+
+
+def test_blocks_get_maps_that_lie_channels_last_whatever_the_stem_leaves() -> None:
+    model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1)).eval()
+    seen = []
+    for stage in model.stages:
+        stage.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        assert model.stem(torch.randn(1, 3, 64, 64)).is_contiguous()  # NCHW
+        model(torch.randn(1, 3, 64, 64))
+    assert seen == [True] * 4

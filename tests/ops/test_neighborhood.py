@@ -442,6 +442,8 @@ def test_without_natten_it_is_not_listed_and_says_how_to_get_it(monkeypatch: pyt
 
 
 @pytest.mark.natten
+@pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")  # natten's call of PyTorch
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_the_real_natten_equals_the_reference(dilation: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"

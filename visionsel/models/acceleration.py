@@ -11,6 +11,7 @@ from timm.models.focalnet import FocalModulation
 from torch import Tensor, nn
 
 from visionsel.layers.focal_modulation import plain_kernels, weights_suffice
+from visionsel.models.pyramid import Stage
 from visionsel.ops.focal_modulation import focal_modulation
 from visionsel.ops.focal_modulation.tiled import tiled as tiled_focal
 from visionsel.ops.halo import halo_attention
@@ -188,7 +189,8 @@ def accelerate(
         channels_last: whether weights of convolutions are laid out channels-last in memory, from where the
             layout spreads to all maps, the returned ones too: their shapes stay, their strides change. "auto"
             does so where the model has halo attention or focal modulation, which would change the layout of
-            every map they take.
+            every map they take, or stages of ours that keep their maps channels-last, whose convolutions
+            would change the layout of their weights at every call.
 
     Returns:
         `model` itself.
@@ -217,13 +219,15 @@ def accelerate(
     if always and (reason := unavailable()):
         raise NotImplementedError(f'linears=True: {reason}; choose "auto" or False')
     fast = {type(module) for module in model.modules()} & {*_FAST, *_FAST.values()}
-    if channels_last is True or (channels_last == "auto" and fast):
+    staged = any(isinstance(module, Stage) and module.channels_last for module in model.modules())
+    laid_out = channels_last is True or (channels_last == "auto" and (bool(fast) or staged))
+    if laid_out:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
     # these stay convolutions, which the operator takes
     kept = {id(module.h) for module in model.modules() if isinstance(module, FocalModulation)}
-    found = bool(fast) or channels_last is True
+    found = laid_out or bool(fast)
     for module in model.modules():
         if type(module) in _FAST:
             module.__class__ = _FAST[type(module)]

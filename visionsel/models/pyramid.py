@@ -40,7 +40,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.channels_last:
-            x = x.permute(0, 2, 3, 1)
+            # a stem may leave its map NCHW in memory, and every sum of the stage would then mix two layouts
+            x = x.permute(0, 2, 3, 1).contiguous()
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
