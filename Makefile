@@ -60,7 +60,7 @@ bench: $(READY)  ## paired timings, growth and memory, and which goals are reach
 
 bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the machine idle)
 	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled
-	$(BIN)/python -m benchmarks.models --threads 1
+	$(BIN)/python -m benchmarks.models --threads 1 --compile
 	$(BIN)/python -m benchmarks.growth --threads 1
 	$(BIN)/python -m benchmarks.memory --threads 1
 	$(BIN)/python -m benchmarks.pruning --threads 1

@@ -3,7 +3,7 @@
 Our families with the authors' formulation of the attention in its place (`benchmarks.formulations`; nothing
 else runs the NAT and DiNAT weights today), SelectFormer, which has no other, with the plain reference; timm's
 HaloNets and FocalNets, and transformers' FocalNet, which is the authors' code. All of ours and timm's also
-after `visionsel.accelerate`.
+after `visionsel.accelerate`, and with `--compile` through `torch.compile` besides.
 """
 
 import copy
@@ -174,6 +174,7 @@ def measure(
     models: Sequence[str] | None,
     backends: Sequence[str],
     device: str | torch.device,
+    compile: bool = False,
     say: Callable[[str], None] = paired.quiet,
 ) -> dict[str, Any]:
     """Some models, or all, forward and training.
@@ -202,9 +203,12 @@ def measure(
         for mode, run in {"forward": forward, "training": train}.items():
             case = f"{name} {size[1]}, {mode}"
             left_out += [{"case": case, "name": other, "why": why} for other, why in others.items()]
-            functions, reasons = paired.usable(
-                {key: partial(run, model, image) for key, model in made.items()}
-            )
+            ways = {key: partial(run, model, image) for key, model in made.items()}
+            if compile and mode == "forward":
+                torch.compiler.reset()  # each model is its own; none shall meet the limit of recompilations
+                compiled: Any = torch.compile(made["accelerated"], fullgraph=True)
+                ways["torch.compile"] = partial(run, compiled, image)
+            functions, reasons = paired.usable(ways)
             left_out += [{"case": case, "name": other, "why": why} for other, why in reasons.items()]
             with paired.exact(device):
                 timings += paired.compare(case, functions, rounds, TOLERANCE)

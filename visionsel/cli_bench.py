@@ -100,6 +100,11 @@ def _add_models(add: Add) -> None:
     _add_rounds(models, 5)
     _add_batch(models)
     models.add_argument("--models", nargs="+", metavar="MODEL", help="those that are measured (default: all)")
+    models.add_argument(
+        "--compile",
+        action="store_true",
+        help="also the accelerated models through torch.compile, forward (a minute or two for each)",
+    )
     _add_backends(models)
 
 

@@ -81,12 +81,17 @@ def test_operators_are_timed_and_shown_as_text_markdown_and_files(
     assert text.count(f"| {HALO.name}, forward | ") == 4  # times, and shares of the machine's limits
 
 
-def test_models_are_compared_with_their_plain_selves(capsys: pytest.CaptureFixture[str]) -> None:
-    found = bench(capsys, "--threads", 1, "models", "--rounds", 1)
+def test_models_are_compared_with_their_plain_selves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # traced, but not written in C++, which takes a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = bench(capsys, "--threads", 1, "models", "--rounds", 1, "--compile")
     assert found["machine"]["threads"] == 1
     named = [f"selectformer_nano 224, {mode}" for mode in ("forward", "training")]
     assert [one["case"] for one in found["timings"] if one["name"] == "reference"] == named
     assert [one["case"] for one in found["timings"] if one["name"] == "auto"] == named
+    assert [one["case"] for one in found["timings"] if one["name"] == "torch.compile"] == named[:1]
     made, left_out = models.pair("selectformer_nano", ["auto", "triton"])
     assert list(made) == ["reference", "auto", "accelerated"]
     assert left_out == {"triton": "not every operator of the model has such a backend"}
@@ -175,7 +180,8 @@ def test_without_a_name_all_programs_run_with_their_own_defaults(
     assert list(found) == [*PROGRAMS] == [*tables.TITLES]
     every = {"operators": [*cases.OPERATORS], "backends": ["auto"]}
     assert found["ops"] == {"rounds": 7, "batch": 1, "dtype": "float32", **every}
-    assert found["models"] == {"rounds": 5, "batch": 1, "models": None, "backends": ["auto"]}
+    models_options = {"rounds": 5, "batch": 1, "models": None, "backends": ["auto"], "compile": False}
+    assert found["models"] == models_options
     assert found["growth"] == {"rounds": 5, "sides": [56, 112, 224], **every}
     assert found["memory"] == {"batch": 1, **every}
     assert found["pruning"]["visual_tokens"] == [576, 2880]
