@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -302,6 +303,61 @@ def test_it_compiles_into_one_graph(dilation: int) -> None:
             grads = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
             for fast, truth in zip(*grads, strict=True):
                 torch.testing.assert_close(fast, truth, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_inference_is_one_operator_and_equals_eager(dynamic: bool, biased: bool) -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        return neighborhood_attention(q, k, v, 3, (2, 1), bias)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=keep)
+    bias = table(2, (3, 3)) if biased else None
+    sizes = ((16, 18), (9, 21), (6, 3))
+    for size in sizes:
+        q, k, v = (x.transpose(1, 2) for x in maps(2, *reversed(size), 2, 4, value_dim=5))
+        out, expected = compiled(q, k, v, bias), attend(q, k, v, bias)
+        assert torch.equal(out, expected)
+        assert out.stride() == expected.contiguous().stride()
+    # one graph for all sizes where they may change
+    assert len(graphs) == (1 if dynamic else len(sizes))
+    for graph in graphs:
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        assert called.count(torch.ops.visionsel.neighborhood_by_kind.default) == 1
+
+
+def test_compiled_gradients_of_torch_func_equal_eager() -> None:
+    torch._dynamo.reset()
+    q, k, v = maps(1, 9, 9, 2, 4)
+
+    def attend(q: Tensor) -> Tensor:
+        return neighborhood_attention(q, k, v, 3).square().sum()
+
+    def gradient(q: Tensor) -> Tensor:
+        return torch.func.grad(attend)(q)
+
+    out = torch.compile(gradient, fullgraph=True, backend="aot_eager")(q)
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(leaf), leaf)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_hold_no_operator_of_this_package(strict: bool) -> None:
+    q, k, v = maps(1, 9, 12, 2, 4, dtype=torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(Attend(3, True), (q, k, v), strict=strict)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called
+    assert not [name for name in called if "visionsel" in name]
+    torch.testing.assert_close(program.module()(q, k, v), Attend(3, True)(q, k, v), rtol=0, atol=1e-5)
 
 
 class Attend(nn.Module):

@@ -17,7 +17,7 @@ def reference(
     scale: float,
 ) -> Tensor:
     """See `halo_attention`; `stride` is the side of k's map divided by that of q's."""
-    batch, height, width, heads, _ = k.shape
+    height, width = k.shape[1:3]
     window = block_size + 2 * halo_size
     side = block_size // stride  # of a block of queries
     rows, columns = height // block_size, width // block_size
@@ -27,7 +27,7 @@ def reference(
         return x.unfold(1, window, block_size).unfold(2, window, block_size)
 
     # b batch, r c block row and column, y x query in the block, i j key in the window, h head, d head_dim
-    query = q.reshape(batch, rows, side, columns, side, heads, -1)
+    query = q.unflatten(2, (columns, side)).unflatten(1, (rows, side))
     logits = torch.einsum("brycxhd,brchdij->brchyxij", query, windows(k)) * scale
     if rel_pos_height is not None and rel_pos_width is not None:
         offset = (
@@ -37,4 +37,4 @@ def reference(
         logits = logits + torch.einsum("brycxhd,xjd->brchyxj", query, rel_pos_width[offset]).unsqueeze(-2)
     weights = logits.flatten(-2).softmax(-1).unflatten(-1, (window, window))
     out = torch.einsum("brchyxij,brchdij->brycxhd", weights, windows(v))
-    return out.reshape(batch, rows * side, columns * side, heads, -1)
+    return out.flatten(3, 4).flatten(1, 2)

@@ -14,6 +14,7 @@ from visionsel.ops.checks import check_attention_maps, pair
 from visionsel.ops.choice import Backend, compute
 from visionsel.ops.compilation import sizes_are_fixed, why_not
 from visionsel.ops.neighborhood import compiled, flex, natten, triton
+from visionsel.ops.neighborhood.by_kind import opaque, serves_compiled
 from visionsel.ops.neighborhood.reference import reference
 from visionsel.ops.neighborhood.tiled import tiled
 from visionsel.ops.neighborhood.traced import traced
@@ -21,8 +22,19 @@ from visionsel.ops.neighborhood.traced import traced
 __all__ = ["neighborhood_attention"]
 
 
-def _tiled(query: Tensor, *call: Any) -> Tensor:
-    return tiled(query, *call) if sizes_are_fixed(query) else traced(query, *call)
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    rel_pos_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if serves_compiled(query, key, value, rel_pos_bias):
+        return opaque(query, key, value, list(kernel_size), list(dilation), rel_pos_bias, scale)
+    form = tiled if sizes_are_fixed(query) else traced
+    return form(query, key, value, kernel_size, dilation, rel_pos_bias, scale)
 
 
 BACKENDS = {

@@ -5,7 +5,12 @@ for large maps is more memory than all else. Here tiles of one kind stand togeth
 stays in the cache of the processor; tokens are gathered with all their heads in one row, some tiles at a
 time, and the fused kernel takes them as they lie. A backward through that would add up slices, so training is
 left to `tiled`.
+
+`torch.compile` would write the tables as loops that find each logit's place anew, which take several times as
+long as the attention. It is shown one operator instead, `opaque`; exported programs get the plain form.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +20,7 @@ from visionsel.ops.checks import learns
 from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_sizes
 from visionsel.ops.plans import keep_plans
 
-__all__ = ["by_kind", "serves"]
+__all__ = ["by_kind", "opaque", "serves", "serves_compiled"]
 
 _NUMBERS = 2**19  # keys that are gathered at a time: two megabytes, which stay in the cache
 
@@ -23,12 +28,35 @@ _NUMBERS = 2**19  # keys that are gathered at a time: two megabytes, which stay 
 def serves(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
     """Whether a call is one of these: eager, on the CPU, in single or double precision, nothing learnt."""
     return (
+        _suits(query, key, value, rel_pos_bias)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def serves_compiled(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
+    """Whether a compiler looks on at such a call and may find an operator of this package in it."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_autocast_enabled("cpu")  # it is off while compiled code runs
+        and _suits(query, key, value, rel_pos_bias)
+        and not _transformed()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether the compiler follows a transform of `torch.func`, whose gradients `learns` does not see."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _suits(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
+    return (
         type(query) is Tensor  # a plan of fake tensors has no numbers
         and query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and not learns(query, key, value, rel_pos_bias)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 
@@ -43,6 +71,8 @@ def by_kind(
 ) -> Tensor:
     """See `neighborhood_attention`; maps `[B, H, W, heads, head_dim]`."""
     batch, height, width, heads, head_dim = query.shape
+    if batch == 0:
+        return value.new_empty(value.shape)
     queries, keys, places, rows, columns, numbers = kept_plan(
         height, width, kernel_size, dilation, query.device
     )
@@ -75,6 +105,26 @@ def by_kind(
         row = (tile * batch + sample) * queries.shape[1] + local
         out = out.reshape(-1, heads * out.shape[3]).index_select(0, row.flatten())
     return out.reshape(batch, height, width, heads, -1)
+
+
+@torch.library.custom_op("visionsel::neighborhood_by_kind", mutates_args=())
+def opaque(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    rel_pos_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`by_kind` as one operator, for maps of any size; its backward raises."""
+    (kh, kw), (dh, dw) = kernel_size, dilation
+    return by_kind(query, key, value, (kh, kw), (dh, dw), rel_pos_bias, scale).contiguous()
+
+
+@opaque.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:4], value.shape[4])
 
 
 def _rows(x: Tensor) -> Tensor:

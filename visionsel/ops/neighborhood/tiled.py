@@ -67,9 +67,10 @@ def tiled(
         )
     one_tile = rows == 1 and columns == 1  # it sees the whole grid
     key = gather_windows(key, windows, dilation, (nh, nw), alike, one_tile)
-    key = key.view(samples, heads, tiles, -1, head_dim)
+    keys = key.shape[1] // (rows * columns)
+    key = key.view(samples, heads, tiles, keys, head_dim)
     value = gather_windows(value, windows, dilation, (nh, nw), alike, one_tile)
-    value = value.view(samples, heads, tiles, -1, value_dim)
+    value = value.view(samples, heads, tiles, keys, value_dim)
 
     bias: Tensor | None = None
     if rel_pos_bias is not None:
