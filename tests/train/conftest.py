@@ -1,4 +1,5 @@
 import csv
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -68,7 +69,7 @@ def run_in_two(program: Callable[[list[str]], int], lines: list[list[str]], fold
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(240)
         process.kill()
     statuses = [json.loads(path.read_text()) for path in sorted(folder.glob("statuses*.json"))]
     said = [path.read_text() for path in sorted(folder.glob("said*.txt"))]
@@ -82,8 +83,11 @@ def _one_of_two(
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {name: str(value) for name, value in names.items()}
     torch.set_num_threads(1)
-    with (folder / f"said{rank}.txt").open("w") as said, redirect_stderr(said):
+    # line by line, and where it stands while there is still time: of a process that waits for ever
+    with (folder / f"said{rank}.txt").open("w", buffering=1) as said, redirect_stderr(said):
+        faulthandler.dump_traceback_later(200, file=said)
         statuses = [program(line) for line in lines]
+        faulthandler.cancel_dump_traceback_later()
     (folder / f"statuses{rank}.json").write_text(json.dumps(statuses))
 
 
