@@ -188,6 +188,25 @@ def test_compiled_without_graph_breaks_it_gives_the_same_and_serves_every_size(f
     assert counts[0] == counts[-1]
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_what_the_model_computes(family: str) -> None:
+    model = build(family).eval().cuda()
+    image = torch.randn(2, 3, 96, 128, device="cuda")
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # index tables are built by the first call, and kept
+                model(image)
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            out = model(image)
+        for _ in range(2):
+            image.copy_(torch.randn_like(image))
+            graph.replay()
+            torch.testing.assert_close(out, model(image), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_exported_once_as_program_and_as_onnx_it_serves_every_batch_and_size(
     family: str, tmp_path: Path
