@@ -23,6 +23,7 @@ from benchmarks import run as run_program
 from benchmarks.paired import tables
 from visionsel.layers import BilevelRoutingAttention, FocalModulation, HaloAttention, NeighborhoodAttention
 from visionsel.layers.lepe_attention import AttentionLePE
+from visionsel.ops.compilation import no_compiler
 
 __all__ = ["measure", "pair", "tables"]
 
@@ -204,7 +205,9 @@ def measure(
             case = f"{name} {size[1]}, {mode}"
             left_out += [{"case": case, "name": other, "why": why} for other, why in others.items()]
             ways = {key: partial(run, model, image) for key, model in made.items()}
-            if compile and mode == "forward":
+            if compile and mode == "forward" and (why := no_compiler(image.device.type)):
+                left_out.append({"case": case, "name": "torch.compile", "why": why})
+            elif compile and mode == "forward":
                 torch.compiler.reset()  # each model is its own; none shall meet the limit of recompilations
                 compiled: Any = torch.compile(made["accelerated"], fullgraph=True)
                 ways["torch.compile"] = partial(run, compiled, image)

@@ -86,12 +86,19 @@ def test_models_are_compared_with_their_plain_selves(
 ) -> None:
     # traced, but not written in C++, which takes a minute
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(models, "no_compiler", lambda device: None)
     found = bench(capsys, "--threads", 1, "models", "--rounds", 1, "--compile")
     assert found["machine"]["threads"] == 1
     named = [f"selectformer_nano 224, {mode}" for mode in ("forward", "training")]
     assert [one["case"] for one in found["timings"] if one["name"] == "reference"] == named
     assert [one["case"] for one in found["timings"] if one["name"] == "auto"] == named
     assert [one["case"] for one in found["timings"] if one["name"] == "torch.compile"] == named[:1]
+    monkeypatch.setattr(models, "no_compiler", lambda device: f"none for {device}")
+    monkeypatch.setattr(models, "train", models.forward)
+    options = {"rounds": 1, "batch": 1, "models": None, "backends": ["auto"], "device": "cpu"}
+    found = models.measure(compile=True, **options)
+    assert found["left_out"] == [{"case": named[0], "name": "torch.compile", "why": "none for cpu"}]
+    assert {one["name"] for one in found["timings"]} == {"reference", "auto", "accelerated"}
     made, left_out = models.pair("selectformer_nano", ["auto", "triton"])
     assert list(made) == ["reference", "auto", "accelerated"]
     assert left_out == {"triton": "not every operator of the model has such a backend"}

@@ -72,7 +72,7 @@ def by_kind(
     """See `neighborhood_attention`; maps `[B, H, W, heads, head_dim]`."""
     batch, height, width, heads, head_dim = query.shape
     if batch == 0:
-        return value.new_empty(value.shape)
+        return torch.empty_like(value)
     queries, keys, places, rows, columns, numbers = kept_plan(
         height, width, kernel_size, dilation, query.device
     )
@@ -117,7 +117,7 @@ def opaque(
     rel_pos_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """`by_kind` as one operator, for maps of any size; its backward raises."""
+    """`by_kind` as one operator; maps `[B, H, W, heads, head_dim]` of any size. Its backward raises."""
     (kh, kw), (dh, dw) = kernel_size, dilation
     return by_kind(query, key, value, (kh, kw), (dh, dw), rel_pos_bias, scale).contiguous()
 
