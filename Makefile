@@ -27,7 +27,7 @@ demo: $(READY)  ## the three demos in a browser, on this machine alone
 
 test: $(READY) lint  ## lint, timm's own tests on the smallest of each architecture, then all our tests
 	$(BIN)/python -m tests.timm_suite --smallest
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -60,12 +60,13 @@ bench: $(READY)  ## paired timings, growth and memory, and which goals are reach
 
 bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the machine idle)
 	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled
+	$(BIN)/python -m benchmarks.attention --threads 1
 	$(BIN)/python -m benchmarks.models --threads 1 --compile
 	$(BIN)/python -m benchmarks.growth --threads 1
 	$(BIN)/python -m benchmarks.memory --threads 1
 	$(BIN)/python -m benchmarks.pruning --threads 1
 	$(BIN)/python -m benchmarks.grounding --threads 1
-	$(BIN)/python -m benchmarks.tables $(foreach p,ops models growth memory pruning grounding,runs/bench/$(p).json)
+	$(BIN)/python -m benchmarks.tables $(foreach p,ops attention models growth memory pruning grounding,runs/bench/$(p).json)
 	$(BIN)/python -m benchmarks.speeds runs/bench/ops.json runs/bench/models.json --write
 	$(BIN)/python -m benchmarks.profiles --write
 

@@ -14,7 +14,7 @@ from visionsel import export
 from visionsel.cli import main
 from visionsel.prediction import load_classifier
 
-ARGS = {"embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}
+ARGS = {"embed_dims": [32, 32, 32, 32], "depths": [1, 0, 0, 1]}
 
 
 @pytest.fixture(scope="module")

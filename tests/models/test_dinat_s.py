@@ -50,7 +50,10 @@ def to_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["dinat_s_tiny", pytest.param("dinat_s_large", marks=pytest.mark.slow)])
 def test_it_equals_the_authors_model(name: str) -> None:
-    check_model_fixture(timm.create_model(name), load_fixture(name), checkpoint_filter_fn)
+    # weights that the fixture's replace, strictly, take seconds to draw
+    model = timm.create_model(name, device="meta").to_empty(device="cpu")
+    assert {key for key, _ in model.named_buffers()} <= set(model.state_dict())
+    check_model_fixture(model, load_fixture(name), checkpoint_filter_fn)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -188,7 +191,7 @@ def test_features_only_gives_the_stages() -> None:
 @pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
-    model = toy(num_classes=5, depths=(2, 1), num_heads=(1, 2), dilations=((1, 3), (2,)))
+    model = toy(num_classes=5, depths=(1, 0), num_heads=(1, 2), dilations=((3,), ()))
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         out = torch.compile(model, fullgraph=True)(image)

@@ -66,7 +66,10 @@ def to_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_it_equals_the_authors_model(name: str) -> None:
-    model = timm.create_model({"dinat_large_384": "dinat_large.in22k_ft_in1k_384"}.get(name, name))
+    registered = {"dinat_large_384": "dinat_large.in22k_ft_in1k_384"}.get(name, name)
+    # weights that the fixture's replace, strictly, take seconds to draw
+    model = timm.create_model(registered, device="meta").to_empty(device="cpu")
+    assert {key for key, _ in model.named_buffers()} <= set(model.state_dict())
     check_model_fixture(model, load_fixture(name), checkpoint_filter_fn)
 
 
@@ -210,7 +213,7 @@ def test_features_only_gives_the_stages() -> None:
 @pytest.mark.slow
 def test_it_compiles_into_one_graph() -> None:
     torch._dynamo.reset()
-    model = toy(num_classes=5, depths=(2, 1), num_heads=(1, 2), dilations=((1, 3), (2,)))
+    model = toy(num_classes=5, depths=(1, 1), num_heads=(1, 2), dilations=((1,), (3,)))
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         out = torch.compile(model, fullgraph=True)(image)

@@ -50,7 +50,7 @@ def test_a_short_run_lowers_the_loss_and_beats_an_untrained_model_on_fresh_scene
     config = write_run(
         trainer={"max_epochs": 4, "gradient_clip_val": 1.0},
         model={"lr": 3e-3, "warmup_steps": 20, "ema_decay": 0.9, "optimizer_args": {"betas": [0.9, 0.98]}},
-        data={"batch_size": 16, "epoch_size": 800, "max_objects": 1},
+        data={"batch_size": 16, "epoch_size": 480, "max_objects": 1},
     )
     assert main(["fit", "--config", str(config)]) == 0
     values = list(losses.values())
