@@ -57,7 +57,13 @@ def learns(*tensors: Tensor | None) -> bool:
 def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three as autocast would cast them for a matrix product; as they are where it is off."""
     device = query.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Whether there is an autocast for a type of device; the compiler of torch 2.11 cannot ask."""
+    return torch.amp.is_autocast_available(device_type)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-__all__ = ["call_compiled", "no_compiler", "sizes_are_fixed", "why_not"]
+__all__ = ["call_compiled", "is_exporting", "is_transformed", "no_compiler", "sizes_are_fixed", "why_not"]
 
 
 def call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -64,6 +64,18 @@ def sizes_are_fixed(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() or (
         has_static_value(x.shape[1]) and has_static_value(x.shape[2])
     )
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export looks on; under `torch.compile` of torch 2.11 its own function says yes too."""
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, whose tensors and gradients look like any other."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 @functools.lru_cache(maxsize=256)

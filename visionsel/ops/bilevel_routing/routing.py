@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from visionsel.ops.checks import has_autocast
+
 __all__ = ["times_routed", "top_windows", "window_means"]
 
 
@@ -42,7 +44,7 @@ def top_windows(query_means: Tensor, key_means: Tensor, topk: int, scale: float)
         logits = (query_means * scale) @ key_means.transpose(1, 2)
     else:
         device = query_means.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if has_autocast(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 logits = (query_means * scale) @ key_means.transpose(1, 2)
         else:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops.compilation import is_exporting
 from visionsel.ops.plans import keep_plans, remainder
 
 
@@ -166,7 +167,7 @@ def tiled(
         out = out.view(batch * blocks, heads, side * side, value_dim)
     out = out.transpose(1, 2)
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads both sides of an "and")
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX
             out = out.clone(memory_format=torch.contiguous_format)
     out = out.contiguous().flatten().view(batch * pixels, heads * value_dim)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionsel.ops.checks import learns
+from visionsel.ops.compilation import is_exporting, is_transformed
 from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_sizes
 from visionsel.ops.plans import keep_plans
 
@@ -38,17 +39,11 @@ def serves_compiled(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Ten
     """Whether a compiler looks on at such a call and may find an operator of this package in it."""
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not torch.is_autocast_enabled("cpu")  # it is off while compiled code runs
         and _suits(query, key, value, rel_pos_bias)
-        and not _transformed()
+        and not is_transformed()
     )
-
-
-@torch.compiler.assume_constant_result
-def _transformed() -> bool:
-    """Whether the compiler follows a transform of `torch.func`, whose gradients `learns` does not see."""
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _suits(query: Tensor, key: Tensor, value: Tensor, rel_pos_bias: Tensor | None) -> bool:
