@@ -66,7 +66,10 @@ def an_expanded_gradient_is_read_as_it_is(module: ModuleType, call: Call) -> Non
     out = module.triton(*call)
     grads = torch.autograd.grad(out.sum(), learned(call))
     plain = torch.autograd.grad(module.triton(*call), learned(call), torch.ones_like(out))
-    assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
+    for grad, truth in zip(
+        grads, plain, strict=True
+    ):  # a GPU's code for other strides may sum in another order
+        torch.testing.assert_close(grad, truth, rtol=0, atol=1e-6)
 
 
 def shared_checks(module: ModuleType, small: Callable[[str], Call]) -> dict[str, Callable[[str], None]]:

@@ -28,7 +28,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, operator: str, name: str) -> list[str
             seen.append(name)
             return backend.run(*given)
 
-        return Backend(run, backend.why_not)
+        return Backend(run, backend.why_not, backend.left_out)
 
     module = import_module(f"visionsel.ops.{operator}")
     spies = {key: spy(key, backend) for key, backend in module.BACKENDS.items()}

@@ -1,4 +1,4 @@
-"""What the Triton kernels of both operators say they cannot serve."""
+"""What the Triton kernels of the operators say they cannot serve."""
 
 from importlib import import_module
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 from visionsel.ops import gpu
 
 
-@pytest.mark.parametrize("operator", ["neighborhood", "bilevel_routing"])
+@pytest.mark.parametrize("operator", ["neighborhood", "bilevel_routing", "halo"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({}, None),
         ({"dtype": torch.float16}, None),
         ({"dtype": torch.float64}, "float32, float16 or bfloat16, the tensors are torch.float64"),
-        ({"dim": 257}, "head dims up to 256, got 257"),
+        ({"dim": 257}, "in torch.float32, got 257 of q and k"),
         ({"interpreted": False}, "run on cuda, the tensors are on cpu"),
         ({"installed": False}, "pip install triton; it comes with PyTorch for CUDA on Linux"),
     ],

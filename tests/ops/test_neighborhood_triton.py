@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import kernels
 from visionsel.ops import gpu
 from visionsel.ops.neighborhood import triton
+from visionsel.ops.neighborhood.rectangles import build_plan
 from visionsel.ops.neighborhood.reference import reference
 
 # of the largest number; float32: reordered sums; half precision: the attention and its gradient are rounded
@@ -48,8 +49,8 @@ CASES = {
     "a kernel of one column": Case((17, 2), (5, 1), needed="qkv"),
     "grids of one size": Case((3, 6), (1, 3), (3, 2)),
     "grids of several sizes": Case((7, 3), (3, 1), (2, 2)),
-    "grids whose last tiles are empty": Case((9, 4), (3, 1), (2, 1), dims=(130, 16), needed="qkv"),
-    "many tiles of wide heads": Case((9, 6), (5, 3), dims=(130, 20), needed="qkv"),
+    "grids whose last tiles are empty": Case((9, 4), (3, 1), (2, 1), dims=(100, 16), needed="qkv"),
+    "many tiles of wide heads": Case((9, 6), (5, 3), dims=(100, 20), needed="qkv"),
     "odd dims": Case((4, 3), dims=(20, 33), needed="qkv"),
     "strips of columns": Case((2, 40), (1, 5)),
     "blocks of columns": Case((1, 50), (1, 33)),
@@ -78,7 +79,7 @@ REAL = {
     "kernel of 13": Case((40, 70), (13, 13), heads=2, dims=(64, 64)),
     "kernel of 63": Case((64, 70), (3, 63), heads=2, dims=(32, 32)),
     "heads of 128": Case((20, 30), (7, 7), heads=2, dims=(128, 128)),
-    "heads of 256": Case((20, 30), (7, 7), (2, 2), heads=2, dims=(256, 256)),
+    "heads of 256": Case((20, 30), (7, 7), (2, 2), heads=2, dims=(256, 256)),  # not in float32
     "a large batch": Case((7, 7), (3, 3), heads=3, dims=(16, 16), batch=700),
 }
 
@@ -221,6 +222,8 @@ def test_the_kernels_compile_for_a_gpu_without_one(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [*CASES, *REAL])
 def test_the_kernels_equal_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    if (name, dtype) == ("heads of 256", torch.float32):
+        pytest.skip("the kernels refuse it")
     compare(replace({**CASES, **REAL}[name], dtype=dtype), "cuda")
 
 
@@ -243,32 +246,47 @@ def test_results_repeat_bit_for_bit_on_a_gpu() -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
 
 
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 7, 1), (40, 1, 3), (33, 5, 2), (57, 7, 8), (29, 13, 2)])
+def test_rectangles_hold_all_pairs_once(sizes: tuple[int, int, int], of_keys: bool) -> None:
+    """Of one axis and with the other of one position: each query and neighbor, in each sample."""
+    length, kernel, step = sizes
+    positions = torch.arange(length)
+    grid, own = positions % step, positions // step
+    start = (own - kernel // 2).clamp(min=0).minimum((length - grid + step - 1) // step - kernel)
+    pairs = {
+        (sample, grid[q].item() + step * k, q.item(), k - own[q].item() + kernel - 1)
+        for sample in range(3)
+        for q in positions
+        for k in range(start[q].item(), start[q].item() + kernel)
+    }
+    for tile, programs in ((4, 2048), (8, 5)):
+        arguments = (length, 1), (kernel, 1), (step, 1), (tile, 1), of_keys, 3, programs
+        tiles, shares, relative, _ = build_plan(*arguments, torch.device("cpu"))
+        found = []
+        for kind, _, begin, number, first, last, *sides in shares.tolist():
+            rows, _, reach, _ = sides
+            for item in range(first, last):
+                y, _, top, _ = tiles[begin + item % number].tolist()
+                for mine in range(rows):
+                    for other in range(reach):
+                        entry = relative[kind, mine, other].item()
+                        both = (y + mine * step, top + other * step)
+                        key, query = both if of_keys else both[::-1]
+                        if entry >= 0:
+                            found.append((item // number, key, query, entry))
+        assert len(found) == len(set(found))
+        assert set(found) == pairs
+        assert relative.shape[1] == tile
+
+
 @pytest.mark.parametrize("positions", [16, 32, 64])
-def test_tiles_cover_every_grid(positions: int) -> None:
-    for height, width in ((1, 1), (1, 40), (33, 2), (7, 7), (56, 57)):
+def test_tiles_have_as_many_positions_as_asked(positions: int) -> None:
+    for size in ((1, 1), (1, 40), (33, 2), (7, 7), (56, 57)):
         for dilation in ((1, 1), (1, 2), (3, 1)):
-            maps = torch.empty(2, height, width, 3, 16, device="meta")
-            programs, tiles, sizes = triton.tiling(maps, dilation, positions)
-            assert sizes["TILE_H"] * sizes["TILE_W"] == positions
-            assert programs == 6 * dilation[0] * dilation[1] * tiles[0] * tiles[1]
-            for length, count, side, step in zip(
-                (height, width), tiles, (sizes["TILE_H"], sizes["TILE_W"]), dilation, strict=True
-            ):
-                assert (count - 1) * side * step < length <= count * side * step
-
-
-@pytest.mark.parametrize("columns", [16, 64])
-def test_strips_and_blocks_of_the_bias_gradient_cover_the_map(columns: int) -> None:
-    for width in (1, 7, 16, 17, 56, 63, 64, 65, 200):
-        for kernel in (1, 3, 7, 9, 33, 63):
-            for step in (1, 3):
-                grid = -(-width // step)
-                maps = torch.empty(64, 5, width, 2, 16, device="meta")
-                splits, blocks, strips, sizes = triton.shares(maps, (3, kernel), (1, step), columns)
-                assert strips * sizes["STRIP"] >= grid
-                assert blocks * sizes["BLOCK"] >= min(sizes["STRIP"] + kernel - 1, grid)
-                assert sizes["STRIP"] <= sizes["BLOCK"] <= columns
-                assert 1 <= splits * blocks * strips * step * 10 <= max(2048, blocks * strips * step * 10)
+            rows, columns = triton.tile_sides(size, dilation, positions)
+            assert rows * columns == positions
+            assert rows == 1 or rows < 2 * -(-size[0] // dilation[0])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Which backend computes a call: the one that is named, or for "auto" the first that can serve it.
 
-`ORDER` has a list for each operator and type of device, as `visionsel bench ops` came out on the CPU. `tiled`
-serves every call, so those behind it are taken by name alone: `BEHIND` says why they stand there.
+`ORDER` has a list for each operator and type of device, as `visionsel bench ops` came out on the CPU, and as
+the kernels were timed on a GPU (H200, bfloat16). `tiled` serves every call, so those behind it are taken by
+name alone: `BEHIND` says why they stand there.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +16,16 @@ __all__ = ["BEHIND", "ORDER", "Backend", "against", "compute", "taken_by_auto", 
 
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "neighborhood": {
-        "cuda": ("natten", "tiled", "triton", "flex", "compiled", "reference"),
+        "cuda": ("natten", "triton", "tiled", "flex", "compiled", "reference"),
         "cpu": ("tiled", "compiled", "flex", "reference", "natten", "triton"),
     },
     "bilevel_routing": {
-        "cuda": ("tiled", "triton", "flex", "compiled", "reference"),
+        "cuda": ("triton", "tiled", "flex", "compiled", "reference"),
         "cpu": ("tiled", "compiled", "flex", "reference", "triton"),
     },
     "halo": {
-        "cuda": ("tiled", "compiled", "reference"),
-        "cpu": ("tiled", "compiled", "reference"),
+        "cuda": ("tiled", "triton", "compiled", "reference"),
+        "cpu": ("tiled", "compiled", "reference", "triton"),
     },
     "focal_modulation": {
         "cuda": ("tiled", "compiled", "reference"),
@@ -36,11 +37,12 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
 REFERENCE = "the plainest code, which the others must equal; auto never takes it"
 _BY_NAME = "it compiles for seconds at each new shape; ask for it by name"
 _UNMEASURED = "its speed is not measured on this type of device yet; ask for it by name"
+_SLOW = "it was the slower one on the GPU that it was timed on, with gradients many times"
 BEHIND: dict[str, dict[str, str]] = {
     "cuda": {
         "tiled": "a fused kernel serves this call",
         "triton": _UNMEASURED,
-        "flex": _UNMEASURED,
+        "flex": _SLOW,
         "compiled": _BY_NAME,
         "reference": REFERENCE,
     },
@@ -70,10 +72,12 @@ class Backend:
     Attributes:
         run: takes the checked arguments of the operator.
         why_not: takes the same; the reason why `run` cannot serve them, or None.
+        left_out: takes the same; the reason why "auto" leaves them to those behind it, or None.
     """
 
     run: Callable[..., Tensor]
     why_not: Callable[..., str | None] = serves_every_call
+    left_out: Callable[..., str | None] = serves_every_call
 
 
 def compute(operator: str, backends: Mapping[str, Backend], name: str, *call: Any) -> Tensor:
@@ -99,13 +103,13 @@ def compute(operator: str, backends: Mapping[str, Backend], name: str, *call: An
 
 
 def taken_by_auto(operator: str, backends: Mapping[str, Backend], *call: Any) -> str:
-    """The first backend in the operator's order that can serve the call."""
+    """The first backend in the operator's order that can serve the call and is not left out of it."""
     for name in _order(operator, call[0].device.type):
         if name == "tiled":
             return name
         if name in OPAQUE and torch.compiler.is_compiling():
             continue
-        if backends[name].why_not(*call) is None:
+        if backends[name].why_not(*call) is None and backends[name].left_out(*call) is None:
             return name
     raise AssertionError(f"tiled is missing in the order of {operator}")
 
@@ -122,7 +126,7 @@ def against(operator: str, backends: Mapping[str, Backend], *call: Any) -> dict[
     taken = taken_by_auto(operator, backends, *call)
     behind = BEHIND[device if device in BEHIND else "cpu"]
     return {
-        name: backends[name].why_not(*call) or behind[name]
+        name: backends[name].why_not(*call) or backends[name].left_out(*call) or behind[name]
         for name in _order(operator, device)
         if name != taken
     }

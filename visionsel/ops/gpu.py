@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionsel.ops.compilation import is_exporting, is_transformed
+
 __all__ = [
     "capable",
     "installed",
@@ -15,28 +17,44 @@ __all__ = [
     "padded",
     "power_of_two",
     "refusal",
+    "unmeasured",
 ]
 
-MOST_DIM = 256
 FOUND = importlib.util.find_spec("triton") is not None
 
 
-def refusal(query: Tensor, value: Tensor) -> str | None:
-    """What the kernels lack for maps `[B, H, W, heads, head_dim]` of this kind; None if nothing."""
+def refusal(query: Tensor, value: Tensor, most: int = 256) -> str | None:
+    """What the kernels lack for maps `[B, H, W, heads, head_dim]` of this kind; None if nothing.
+
+    Args:
+        query, value: the maps.
+        most: the largest head dim that the kernels are tested with on a GPU, in this precision.
+    """
     device = query.device
+    if is_exporting():
+        return "exported programs hold no Triton kernels, since they run anywhere"
+    if is_transformed():
+        return "the Triton kernels know no transforms of torch.func"
     if device.type != "cuda" and not interpreted():
         return f"the Triton kernels run on cuda, the tensors are on {device.type}"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the Triton kernels compute in float32, float16 or bfloat16, the tensors are {query.dtype}"
-    if max(query.shape[4], value.shape[4]) > MOST_DIM:
+    if max(query.shape[4], value.shape[4]) > most:
         return (
-            f"the Triton kernels take head dims up to {MOST_DIM}, got {query.shape[4]} of q and k "
-            f"and {value.shape[4]} of v"
+            f"the Triton kernels take head dims up to {most} in {query.dtype}, "
+            f"got {query.shape[4]} of q and k and {value.shape[4]} of v"
         )
     if not installed():
         return "triton is not installed: pip install triton; it comes with PyTorch for CUDA on Linux"
     if device.type == "cuda" and not capable(device.index):
         return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or later"
+    return None
+
+
+def unmeasured(query: Tensor, *others: Any) -> str | None:
+    """Why "auto" leaves a call to other backends though the kernels could serve it; None if it does not."""
+    if query.dtype == torch.float32:
+        return "the speed of the Triton kernels is not measured in float32 yet; ask for them by name"
     return None
 
 

@@ -17,6 +17,7 @@ from visionsel.ops.bilevel_routing.tiled import tiled
 from visionsel.ops.checks import check_attention_maps, pair
 from visionsel.ops.choice import Backend, compute
 from visionsel.ops.compilation import call_compiled, why_not
+from visionsel.ops.gpu import unmeasured
 
 __all__ = ["bilevel_routing_attention", "top_windows", "window_means"]
 
@@ -38,7 +39,7 @@ def _reference(
 BACKENDS = {
     "tiled": Backend(tiled),
     "reference": Backend(_reference),
-    "triton": Backend(triton.triton, triton.why_not),
+    "triton": Backend(triton.triton, triton.why_not, unmeasured),
     "flex": Backend(flex.flex, flex.why_not),
     "compiled": Backend(partial(call_compiled, tiled), why_not),
 }

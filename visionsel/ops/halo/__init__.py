@@ -13,6 +13,7 @@ from torch import Tensor
 from visionsel.ops.checks import check_attention_maps
 from visionsel.ops.choice import Backend, compute
 from visionsel.ops.compilation import call_compiled, why_not
+from visionsel.ops.halo import triton
 from visionsel.ops.halo.reference import reference
 from visionsel.ops.halo.tiled import tiled
 
@@ -21,6 +22,7 @@ __all__ = ["halo_attention"]
 BACKENDS = {
     "tiled": Backend(tiled),
     "reference": Backend(reference),
+    "triton": Backend(triton.triton, triton.why_not),
     "compiled": Backend(partial(call_compiled, tiled), why_not),
 }
 
@@ -65,8 +67,8 @@ def halo_attention(
             to the dtype of q.
         rel_pos_width: the same of horizontal offsets; both tables or neither.
         scale: of the logits; `head_dim**-0.5` if None.
-        backend: "auto", or one by name: "tiled" (any device), "compiled" (compiles at each new shape) or
-            "reference" (the plainest code).
+        backend: "auto", or one by name: "triton" (CUDA), "tiled" (any device), "compiled" (compiles at each
+            new shape) or "reference" (the plainest code).
 
     Returns:
         `[B, H / s, W / s, heads, value_dim]`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from visionsel.ops.checks import check_attention_maps, pair
 from visionsel.ops.choice import Backend, compute
 from visionsel.ops.compilation import sizes_are_fixed, why_not
+from visionsel.ops.gpu import unmeasured
 from visionsel.ops.neighborhood import compiled, flex, natten, triton
 from visionsel.ops.neighborhood.by_kind import opaque, serves_compiled
 from visionsel.ops.neighborhood.reference import reference
@@ -41,7 +42,7 @@ BACKENDS = {
     "tiled": Backend(_tiled),
     "reference": Backend(reference),
     "natten": Backend(natten.natten, natten.why_not),
-    "triton": Backend(triton.triton, triton.why_not),
+    "triton": Backend(triton.triton, triton.why_not, unmeasured),
     "flex": Backend(flex.flex, flex.why_not),
     "compiled": Backend(compiled.compiled, why_not),
 }

@@ -7,7 +7,7 @@ them, for the bias over strips of rows. There are no atomics, so results repeat 
 and sums are float32; float32 maps are multiplied in float32 (no TF32), half-precision maps on tensor cores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visionsel.ops.checks import in_autocast_dtype
 from visionsel.ops.gpu import interpreted, no_second_derivative, padded, power_of_two, refusal
+from visionsel.ops.neighborhood.rectangles import kept_plan
 
 __all__ = ["triton", "why_not"]
 
@@ -22,42 +23,31 @@ LOG2E = 1.4426950408889634
 
 # by bytes of an element and padded head dim: positions of a tile and of a block, warps, stages
 FORWARD = {
-    (2, 16): (64, 64, 4, 3),
-    (2, 32): (64, 64, 4, 3),
-    (2, 64): (64, 64, 4, 2),
+    (2, 16): (16, 32, 1, 2),
+    (2, 32): (16, 32, 1, 2),
+    (2, 64): (16, 32, 1, 2),
     (2, 128): (64, 32, 4, 2),
     (2, 256): (64, 32, 8, 1),
     (4, 16): (64, 32, 4, 2),
     (4, 32): (32, 32, 4, 2),
     (4, 64): (32, 32, 4, 2),
     (4, 128): (32, 16, 4, 1),
-    (4, 256): (16, 16, 4, 1),
 }
 BACKWARD = {
-    (2, 16): (64, 64, 4, 2),
-    (2, 32): (64, 64, 4, 2),
-    (2, 64): (64, 32, 4, 2),
+    (2, 16): (16, 32, 1, 2),
+    (2, 32): (16, 32, 1, 2),
+    (2, 64): (16, 32, 1, 2),
     (2, 128): (64, 32, 8, 1),
     (2, 256): (32, 32, 8, 1),
     (4, 16): (64, 32, 4, 1),
     (4, 32): (32, 32, 4, 1),
     (4, 64): (32, 16, 4, 1),
     (4, 128): (16, 16, 4, 1),
-    (4, 256): (16, 16, 4, 1),
 }
-# likewise, for the gradient of the bias: most columns of queries and of keys, warps, stages
-TABLE = {
-    (2, 16): (32, 4, 2),
-    (2, 32): (32, 4, 2),
-    (2, 64): (32, 4, 1),
-    (2, 128): (32, 4, 1),
-    (2, 256): (16, 4, 1),
-    (4, 16): (32, 4, 1),
-    (4, 32): (32, 4, 1),
-    (4, 64): (16, 4, 1),
-    (4, 128): (16, 4, 1),
-    (4, 256): (16, 4, 1),
-}
+# likewise, how many numbers of what is added to the logits a thread keeps: more would be moved to memory
+KEPT = {(2, 16): 96, (2, 32): 96, (2, 64): 96}
+# programs of a call, some waves of the largest GPUs; more of them share the work less well among tiles
+PROGRAMS = 2048
 
 
 def triton(
@@ -87,7 +77,7 @@ def why_not(
     scale: float,
 ) -> str | None:
     """Why the kernels cannot serve a call; None if they can."""
-    return refusal(query, value)
+    return refusal(query, value, most=128 if query.dtype == torch.float32 else 256)
 
 
 @torch.library.custom_op("visionsel::neighborhood_triton", mutates_args=())
@@ -104,29 +94,24 @@ def attention(
     from visionsel.ops.neighborhood import triton_kernels as kernels
 
     out, lse = empty_results(query, key, value)
-    tile, block, warps, stages = FORWARD[sort_of(query, value)]
-    programs, tiles, sizes = tiling(query, dilation, tile)
+    plan, options = arrange(FORWARD, query, value, kernel_size, dilation)
     with torch.cuda.device_of(query):
-        kernels.forward[(programs,)](
+        kernels.forward[(len(plan[1]) * query.shape[3],)](
             query,
             key,
             value,
             None if bias is None else bias.contiguous(),
             out,
             lse,
+            *plan,
             query.stride(),
             key.stride(),
             value.stride(),
-            *query.shape[1:4],
-            *tiles,
-            *dilation,
+            tuple(query.shape[1:4]),
+            tuple(dilation),
             scale * LOG2E,
-            **constants(query, value, kernel_size),
-            **sizes,
             BIASED=bias is not None,
-            BLOCK=block,
-            num_warps=warps,
-            num_stages=stages,
+            **options,
         )
     return out, lse
 
@@ -160,48 +145,40 @@ def gradients(
     delta = torch.empty_like(lse)  # of each query: its result times the gradient of that
     tensors = (query, key, value, None if bias is None else bias.contiguous(), grad, lse, delta)
     strides = (query.stride(), key.stride(), value.stride(), grad.stride())
-    shared: dict[str, Any] = constants(query, value, kernel_size)
-    tile, block, warps, stages = BACKWARD[sort_of(query, value)]
-    programs, tiles, sizes = tiling(query, dilation, tile)
-    numbers = (*query.shape[1:4], *tiles, *dilation, scale * LOG2E, scale)
-    options: dict[str, Any] = {"BIASED": bias is not None, "BLOCK": block, **sizes, **shared}
-    options |= {"num_warps": warps, "num_stages": stages}
+    numbers = (tuple(query.shape[1:4]), tuple(dilation), scale * LOG2E)
+    heads, biased = query.shape[3], bias is not None
     with torch.cuda.device_of(query):
-        rows = 4096 // shared["BLOCK_V"]
+        block = padded(value.shape[4])
+        rows = 4096 // block
         kernels.row_products[(-(-lse.numel() // rows),)](
-            out, grad, delta, lse.numel(), DIM=value.shape[4], BLOCK_D=shared["BLOCK_V"], ROWS=rows
+            out, grad, delta, lse.numel(), DIM=value.shape[4], BLOCK_D=block, ROWS=rows
         )
         if for_query:
-            kernels.query_gradient[(programs,)](*tensors, grad_query, *strides, *numbers, **options)
+            plan, options = arrange(BACKWARD, query, value, kernel_size, dilation)
+            kernels.query_gradient[(len(plan[1]) * heads,)](
+                *tensors, grad_query, *plan, *strides, *numbers, scale, BIASED=biased, **options
+            )
         if for_key or for_value:
-            kernels.key_gradient[(programs,)](
+            plan, options = arrange(BACKWARD, query, value, kernel_size, dilation, of_keys=True)
+            kernels.key_gradient[(len(plan[1]) * heads,)](
                 *tensors,
                 grad_key,
                 grad_value,
+                *plan,
                 *strides,
                 *numbers,
+                scale,
+                BIASED=biased,
                 FOR_KEY=for_key,
                 FOR_VALUE=for_value,
                 **options,
             )
         if for_bias:
-            columns, warps, stages = TABLE[sort_of(query, value)]
-            splits, blocks, strips, sizes = shares(query, kernel_size, dilation, columns)
-            parts = lse.new_empty(splits * blocks * strips * dilation[1], *grad_bias.shape)
-            kernels.table_gradient[(parts[..., 0].numel(),)](
-                *tensors,
-                parts,
-                *strides,
-                *query.shape[:4],
-                *dilation,
-                splits,
-                blocks,
-                strips,
-                scale * LOG2E,
-                **shared,
-                **sizes,
-                num_warps=warps,
-                num_stages=stages,
+            plan, options = arrange(BACKWARD, query, value, kernel_size, dilation, by_block=True)
+            del options["KEPT"]
+            parts = lse.new_zeros(len(plan[1]) * options["SHAPE"][5], *grad_bias.shape)
+            kernels.table_gradient[(parts.shape[0] * heads,)](
+                *tensors, parts, *plan, *strides, *numbers, **options
             )
             grad_bias = parts.sum(0)
     return grad_query, grad_key, grad_value, grad_bias
@@ -250,61 +227,53 @@ gradients.register_fake(empty_gradients)
 gradients.register_autograd(no_second_derivative)
 
 
-def sort_of(query: Tensor, value: Tensor) -> tuple[int, int]:
-    """What the sizes of programs go by: bytes of an element and the larger padded head dim."""
-    return query.element_size(), max(padded(query.shape[4]), padded(value.shape[4]))
+def arrange(
+    sizes: Mapping[tuple[int, int], tuple[int, int, int, int]],
+    query: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    of_keys: bool = False,
+    by_block: bool = False,
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What the programs of a kernel do, and what it is compiled for.
 
+    Args:
+        sizes: FORWARD or BACKWARD.
+        query, value: maps `[B, H, W, heads, head_dim]`.
+        kernel_size, dilation: of the neighborhoods.
+        of_keys: whether tiles are of keys.
+        by_block: whether each block of a rectangle has programs of its own.
 
-def constants(query: Tensor, value: Tensor, kernel_size: Sequence[int]) -> dict[str, int]:
-    """What every kernel is compiled for."""
-    return {
-        "HEAD_DIM": query.shape[4],
-        "VALUE_DIM": value.shape[4],
-        "BLOCK_D": padded(query.shape[4]),
-        "BLOCK_V": padded(value.shape[4]),
+    Returns:
+        The tables of `rectangles.build_plan`, and arguments by name.
+    """
+    batch, height, width, heads, head_dim = query.shape
+    dims = head_dim, value.shape[4], padded(head_dim), padded(value.shape[4])
+    sort = query.element_size(), max(dims[2:])
+    positions, block, warps, stages = sizes[sort]
+    tile = tile_sides((height, width), dilation, positions)
+    (kh, kw), (dh, dw) = kernel_size, dilation
+    programs = PROGRAMS // (8 if by_block else 1)  # each of these ends with sums over all of its pairs
+    call = (height, width), (kh, kw), (dh, dw), tile, of_keys, batch, -(-programs // heads), query.device
+    plan = kept_plan(*call)
+    rows, columns = plan[2].shape[2], plan[3].shape[2]
+    blocks = -(-rows * columns // block)
+    options: dict[str, Any] = {
+        "DIMS": dims,
         "UPCAST": interpreted() and query.dtype == torch.bfloat16,
-        "KERNEL_H": kernel_size[0],
-        "KERNEL_W": kernel_size[1],
+        "KERNEL": (kh, kw),
+        "SHAPE": (*tile, rows, columns, block, blocks),
+        "KEPT": blocks * block * positions <= KEPT.get(sort, 0) * 32 * warps,
+        "num_warps": warps,
+        "num_stages": stages,
     }
+    return plan, options
 
 
-def tiling(
-    query: Tensor, dilation: Sequence[int], positions: int
-) -> tuple[int, tuple[int, int], dict[str, int]]:
-    """Cut the grids of a map `[B, H, W, heads, head_dim]` into tiles, square where they are not narrower.
-
-    Returns:
-        How many programs there are, the tiles of a grid along both axes, and the sides of a tile.
-    """
-    batch, height, width, heads, _head_dim = query.shape
-    height, width = -(-height // dilation[0]), -(-width // dilation[1])
-    tile_w = min(1 << positions.bit_length() // 2, power_of_two(width))
-    tile_h = min(positions // tile_w, power_of_two(height))
-    tile_w = positions // tile_h
-    tiles = -(-height // tile_h), -(-width // tile_w)
-    programs = batch * heads * dilation[0] * dilation[1] * tiles[0] * tiles[1]
-    return programs, tiles, {"TILE_H": tile_h, "TILE_W": tile_w}
-
-
-def shares(
-    query: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], columns: int
-) -> tuple[int, int, int, dict[str, int]]:
-    """Divide the gradient of the bias among programs of at most so many columns of queries and of keys.
-
-    There are some 2048 programs: enough for the largest GPUs, and the same sums on all of them.
-
-    Returns:
-        Splits of the rows of the batch, blocks of keys of a strip of queries, strips, and the sizes of these.
-    """
-    batch, height, width, heads, _head_dim = query.shape
-    rows = batch * dilation[0] * -(-height // dilation[0])
-    width = -(-width // dilation[1])
-    columns = min(columns, padded(width))
-    strip = columns
-    if width > columns and kernel_size[1] <= columns // 2:
-        strip = columns - kernel_size[1] + 1  # then one block holds all the neighbors of a strip
-    blocks = -(-min(strip + kernel_size[1] - 1, width) // columns)
-    strips = -(-width // strip)
-    programs = heads * (2 * kernel_size[0] - 1) * blocks * strips * dilation[1]
-    splits = max(1, min(2048 // max(1, programs), rows // 16))
-    return splits, blocks, strips, {"STRIP": strip, "BLOCK": columns}
+def tile_sides(size: tuple[int, int], dilation: Sequence[int], positions: int) -> tuple[int, int]:
+    """Rows and columns of a tile of so many positions, near to square where the grids are not narrower."""
+    height, width = -(-size[0] // dilation[0]), -(-size[1] // dilation[1])
+    columns = min(1 << positions.bit_length() // 2, power_of_two(width))
+    rows = min(positions // columns, power_of_two(height))
+    return rows, positions // rows

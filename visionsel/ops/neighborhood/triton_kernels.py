@@ -1,13 +1,17 @@
 # mypy: allow-untyped-defs
 """Triton kernels of neighborhood attention, forward and backward.
 
-Positions of one remainder modulo the dilation never see the others and form a grid of their own. A program
-holds a tile of a grid's queries (or of its keys) and goes over the rectangle of keys (or queries) that some
-of them see, in blocks of its positions in reading order; a query and a key that is not its neighbor get the
-logit -inf. Logits are powers of two: everything in them is multiplied by log2(e).
+A program has one head and one kind of tile, and goes over its share of the tiles of that kind, in all samples
+(`rectangles.py` says which). What bias and neighborhood add to the logits is the same for all of them and
+stays in registers (KEPT), unless the rectangles are large. A tile of queries goes over the rectangle of keys
+that some of them see, or a tile of keys over that of queries, in blocks of its positions in reading order; a
+query and a key that is not its neighbor get the logit -inf. Logits are powers of two: everything in them is
+multiplied by log2(e).
 
-`height`, `width`, `y`, `x` count positions of the map; `_h`, `_w` those of a grid. `T` tokens of a tile, `N`
-of a block, `D` and `V` the head dims of keys and values, padded to powers of two.
+`y`, `x` count positions of the map; `_h`, `_w` those of a grid. `T` positions of a tile, `N` of a block,
+`D` and `V` the head dims of keys and values, padded to powers of two. KERNEL has the kernel's sides; DIMS
+the head dims and the padded ones; SHAPE the sides of tile and rectangle, the positions of a block and the
+number of blocks.
 """
 
 import triton
@@ -17,166 +21,143 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def place(program, heads, tiles_h, tiles_w, dilation_h, dilation_w):
-    """Head, tile, grid and sample of a program; heads lie side by side in memory and come first."""
-    head = program % heads
-    rest = program // heads
-    tile_w = rest % tiles_w
-    rest = rest // tiles_w
-    tile_h = rest % tiles_h
-    rest = rest // tiles_h
-    grid_w = rest % dilation_w
-    rest = rest // dilation_w
-    grid_h = rest % dilation_h
-    return head, tile_h, tile_w, grid_h, grid_w, (rest // dilation_h).to(tl.int64)
+def share_of(shares, program):
+    """What a program does: kind, tiles and their number, items, sides of a tile and of a rectangle."""
+    row = shares + program * 10
+    kind = tl.load(row), tl.load(row + 1)
+    items = tl.load(row + 4), tl.load(row + 5)
+    tile_sides = tl.load(row + 6), tl.load(row + 7)
+    return kind, tl.load(row + 2), tl.load(row + 3), items, tile_sides, (tl.load(row + 8), tl.load(row + 9))
 
 
 @triton.jit
-def grid_length(length, grid, dilation):
-    """Positions of a side that leave the remainder `grid`."""
-    return (length - grid + dilation - 1) // dilation
+def tile_of(tiles, item, begin, number):
+    """Sample of an item, and the first pixels of tile and rectangle, y and x."""
+    row = tiles + (begin + item % number) * 4
+    tile = tl.load(row).to(tl.int64), tl.load(row + 1).to(tl.int64)
+    rectangle = tl.load(row + 2).to(tl.int64), tl.load(row + 3).to(tl.int64)
+    return (item // number).to(tl.int64), tile, rectangle
 
 
 @triton.jit
-def ends(tile, length, TILE: tl.constexpr):
-    """First and last position of a tile; the last of the grid for a tile behind its end."""
-    return tl.minimum(tile * TILE, length - 1), tl.minimum(tile * TILE + TILE, length) - 1
+def steps(place, sides, dilation, COLUMNS: tl.constexpr):
+    """Pixels down and right from the first, of places in reading order; the last ones behind the end."""
+    h = tl.minimum(place // COLUMNS, sides[0] - 1)
+    w = tl.minimum(place % COLUMNS, sides[1] - 1)
+    return h * dilation[0], w * dilation[1]
 
 
 @triton.jit
-def window_start(query, length, KERNEL: tl.constexpr):
-    """First of the neighbors of a query: the window is centred, and moved inside the grid at its ends."""
-    return tl.minimum(tl.maximum(query - KERNEL // 2, 0), length - KERNEL)
-
-
-@triton.jit
-def first_query(key, length, KERNEL: tl.constexpr):
-    """First of the queries that see a key; windows at the beginning of the grid reach keys before KERNEL."""
-    return tl.where(key < KERNEL, 0, key - KERNEL // 2)
-
-
-@triton.jit
-def last_query(key, length, KERNEL: tl.constexpr):
-    """Last of the queries that see a key; windows at the end of the grid reach the last KERNEL keys."""
-    return tl.where(key >= length - KERNEL, length - 1, key + KERNEL // 2)
-
-
-@triton.jit
-def queries_at(distance, length, KERNEL: tl.constexpr):
-    """First and number of the queries that see the key at a distance: they follow each other."""
-    moved = tl.abs(distance) > KERNEL // 2  # only windows that were moved reach so far
-    first = tl.where(distance < 0, tl.where(moved, length - KERNEL - distance, -distance), 0)
-    return first, tl.where(moved, KERNEL, length) - tl.abs(distance)
-
-
-@triton.jit
-def tile_positions(tile_h, tile_w, length_h, length_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Positions `[T]` of a tile, and which are inside the grid; the others repeat its last row or column."""
-    token = tl.arange(0, TILE_H * TILE_W)
-    h = tile_h * TILE_H + token // TILE_W
-    w = tile_w * TILE_W + token % TILE_W
-    return tl.minimum(h, length_h - 1), tl.minimum(w, length_w - 1), (h < length_h) & (w < length_w)
-
-
-@triton.jit
-def keys_of(
-    tile_h,
-    tile_w,
-    length_h,
-    length_w,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-):
-    """The rectangle of keys that a tile of queries sees: first row and column, columns, positions."""
-    first_h, last_h = ends(tile_h, length_h, TILE_H)
-    first_w, last_w = ends(tile_w, length_w, TILE_W)
-    begin_h = window_start(first_h, length_h, KERNEL_H)
-    begin_w = window_start(first_w, length_w, KERNEL_W)
-    columns = window_start(last_w, length_w, KERNEL_W) + KERNEL_W - begin_w
-    return (
-        begin_h,
-        begin_w,
-        columns,
-        (window_start(last_h, length_h, KERNEL_H) + KERNEL_H - begin_h) * columns,
-    )
-
-
-@triton.jit
-def queries_of(
-    tile_h,
-    tile_w,
-    length_h,
-    length_w,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-):
-    """The rectangle of queries that see a tile of keys: first row and column, columns, positions."""
-    first_h, last_h = ends(tile_h, length_h, TILE_H)
-    first_w, last_w = ends(tile_w, length_w, TILE_W)
-    begin_h = first_query(first_h, length_h, KERNEL_H)
-    begin_w = first_query(first_w, length_w, KERNEL_W)
-    columns = last_query(last_w, length_w, KERNEL_W) + 1 - begin_w
-    return begin_h, begin_w, columns, (last_query(last_h, length_h, KERNEL_H) + 1 - begin_h) * columns
+def inside(place, sides, COLUMNS: tl.constexpr):
+    """Which places are not behind the end."""
+    return (place // COLUMNS < sides[0]) & (place % COLUMNS < sides[1])
 
 
 @triton.jit
 def load(
-    maps, strides, sample, head, y, x, present, DIM: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+    maps,
+    strides,
+    sample,
+    head,
+    first,
+    step,
+    real,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Vectors `[N, BLOCK]` at positions of a map `[B, H, W, heads, DIM]`; zeros where none is present.
+    """Vectors `[N, BLOCK]` at steps from the first pixel of a map `[B, H, W, heads, DIM]`; zeros if not real.
 
     UPCAST is for the interpreter, which multiplies the bits of bfloat16 as integers.
     """
     d = tl.arange(0, BLOCK)
-    at = sample * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2] + head * strides[3]
-    at = at[:, None] + d[None, :].to(tl.int64) * strides[4]
-    vectors = tl.load(maps + at, mask=present[:, None] & (d < DIM)[None, :], other=0.0)
+    maps += sample * strides[0] + first[0] * strides[1] + first[1] * strides[2] + head * strides[3]
+    at = (step[0] * strides[1] + step[1] * strides[2])[:, None] + (d * strides[4])[None, :]
+    vectors = tl.load(maps + at, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
     return vectors.to(tl.float32) if UPCAST else vectors
 
 
 @triton.jit
-def store(maps, token, vectors, present, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Write vectors `[N, BLOCK]` to tokens of a contiguous map."""
-    d = tl.arange(0, BLOCK)
-    at = token[:, None] * DIM + d[None, :]
-    tl.store(maps + at, vectors.to(maps.dtype.element_ty), mask=present[:, None] & (d < DIM)[None, :])
+def token_of(sizes, sample, head, first):
+    """Where the first pixel's token of a head lies in `[B, H, W, heads]`."""
+    return ((sample * sizes[0] + first[0]) * sizes[1] + first[1]) * sizes[2] + head
 
 
 @triton.jit
-def logits(
-    products,
-    scale,
+def tokens_from(sizes, step):
+    """How far behind it those of other pixels lie."""
+    return (step[0] * sizes[1] + step[1]) * sizes[2]
+
+
+@triton.jit
+def store(maps, token, step, vectors, present, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Write vectors `[N, BLOCK]` to tokens of a contiguous map."""
+    d = tl.arange(0, BLOCK)
+    at = step[:, None] * DIM + d[None, :]
+    vectors = vectors.to(maps.dtype.element_ty)
+    tl.store(maps + token * DIM + at, vectors, mask=present[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def entries(relative_h, relative_w, kind, block, SHAPE: tl.constexpr):
+    """Rows and columns of a bias table `[T, N]` for the pairs of a tile and a block; -1 for no neighbors."""
+    TILE_W: tl.constexpr = SHAPE[1]
+    COLUMNS: tl.constexpr = SHAPE[3]
+    BLOCK: tl.constexpr = SHAPE[4]
+    token = tl.arange(0, SHAPE[0] * SHAPE[1])
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    real = (place < SHAPE[2] * SHAPE[3])[None, :]
+    at_h = ((kind[0] * SHAPE[0] + token // TILE_W) * SHAPE[2])[:, None] + (place // COLUMNS)[None, :]
+    at_w = ((kind[1] * TILE_W + token % TILE_W) * COLUMNS)[:, None] + (place % COLUMNS)[None, :]
+    row = tl.load(relative_h + at_h, mask=real, other=-1)
+    return row, tl.load(relative_w + at_w, mask=real, other=-1)
+
+
+@triton.jit
+def added(
     table,
     head,
-    query_h,
-    query_w,
-    key_h,
-    key_w,
-    length_h,
-    length_w,
-    present,
+    relative_h,
+    relative_w,
+    kind,
+    block,
     BIASED: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """Logits of products `query . key`; positions broadcast to their shape, -inf where no neighbors."""
-    start_h = window_start(query_h, length_h, KERNEL_H)
-    start_w = window_start(query_w, length_w, KERNEL_W)
-    seen = (key_h >= start_h) & (key_h < start_h + KERNEL_H)
-    seen = seen & (key_w >= start_w) & (key_w < start_w + KERNEL_W) & present
-    found = products * scale
+    """What the logits `[T, N]` of a tile and a block get: the bias, -inf where no neighbors."""
+    row, column = entries(relative_h, relative_w, kind, block, SHAPE)
+    seen = (row >= 0) & (column >= 0)
     if BIASED:
-        row = head * (2 * KERNEL_H - 1) + key_h - query_h + KERNEL_H - 1
-        at = row * (2 * KERNEL_W - 1) + key_w - query_w + KERNEL_W - 1
-        found += tl.load(table + at, mask=seen, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(seen, found, float("-inf"))
+        at = (head * (2 * KERNEL[0] - 1) + row) * (2 * KERNEL[1] - 1) + column
+        return tl.load(table + at, mask=seen, other=float("-inf")).to(tl.float32) * LOG2E
+    else:
+        return tl.where(seen, 0.0, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
+@triton.jit
+def added_by_block(
+    table,
+    head,
+    relative_h,
+    relative_w,
+    kind,
+    BIASED: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """`added` of all blocks of a rectangle; nothing where they are not kept."""
+    BLOCKS: tl.constexpr = SHAPE[5]
+    kept = ()
+    if KEPT:
+        for block in tl.static_range(BLOCKS):
+            some = added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE)
+            kept = kept + (some,)  # type: ignore[assignment]
+    return kept
+
+
+@triton.jit(do_not_specialize=["sizes"])
 def forward(
     query,
     key,
@@ -184,82 +165,84 @@ def forward(
     table,
     out,
     lse,
+    tiles,
+    shares,
+    relative_h,
+    relative_w,
     query_strides,
     key_strides,
     value_strides,
-    height,
-    width,
-    heads,
-    tiles_h,
-    tiles_w,
-    dilation_h,
-    dilation_w,
+    sizes,
+    dilation,
     scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    DIMS: tl.constexpr,
     UPCAST: tl.constexpr,
     BIASED: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Outputs of a tile of queries, and log2 of the sums of their softmax."""
-    head, tile_h, tile_w, grid_h, grid_w, sample = place(
-        tl.program_id(0), heads, tiles_h, tiles_w, dilation_h, dilation_w
-    )
-    length_h = grid_length(height, grid_h, dilation_h)
-    length_w = grid_length(width, grid_w, dilation_w)
-    query_h, query_w, inside = tile_positions(tile_h, tile_w, length_h, length_w, TILE_H, TILE_W)
-    y = grid_h + query_h * dilation_h
-    x = grid_w + query_w * dilation_w
-    q = load(query, query_strides, sample, head, y, x, inside, HEAD_DIM, BLOCK_D, UPCAST)
-
-    begin_h, begin_w, columns, count = keys_of(
-        tile_h, tile_w, length_h, length_w, KERNEL_H, KERNEL_W, TILE_H, TILE_W
-    )
-    high = tl.full([TILE_H * TILE_W], float("-inf"), tl.float32)
-    total = tl.full([TILE_H * TILE_W], 0.0, tl.float32)
-    result = tl.full([TILE_H * TILE_W, BLOCK_V], 0.0, tl.float32)
-    for start in range(0, count, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        key_h = begin_h + block // columns
-        key_w = begin_w + block % columns
-        present = block < count
-        key_y = grid_h + key_h * dilation_h
-        key_x = grid_w + key_w * dilation_w
-        k = load(key, key_strides, sample, head, key_y, key_x, present, HEAD_DIM, BLOCK_D, UPCAST)
-        v = load(value, value_strides, sample, head, key_y, key_x, present, VALUE_DIM, BLOCK_V, UPCAST)
-        found = logits(
-            tl.dot(q, tl.trans(k), input_precision="ieee"),
-            scale,
-            table,
-            head,
-            query_h[:, None],
-            query_w[:, None],
-            key_h[None, :],
-            key_w[None, :],
-            length_h,
-            length_w,
-            present[None, :],
-            BIASED,
-            KERNEL_H,
-            KERNEL_W,
-        )
-        higher = tl.maximum(high, tl.max(found, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # no neighbor so far
-        p = tl.exp2(found - base[:, None])
-        shrink = tl.exp2(high - base)
-        total = total * shrink + tl.sum(p, 1)
-        result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
-        high = higher
-
-    index = ((sample * height + y) * width + x) * heads + head
-    store(out, index, result / total[:, None], inside, VALUE_DIM, BLOCK_V)
-    tl.store(lse + index, high + tl.log2(total), mask=inside)
+    """Outputs of tiles of queries, and log2 of the sums of their softmax."""
+    T: tl.constexpr = SHAPE[0] * SHAPE[1]
+    TILE_W: tl.constexpr = SHAPE[1]
+    COLUMNS: tl.constexpr = SHAPE[3]
+    BLOCK: tl.constexpr = SHAPE[4]
+    BLOCKS: tl.constexpr = SHAPE[5]
+    VALUE_DIM: tl.constexpr = DIMS[1]
+    BLOCK_V: tl.constexpr = DIMS[3]
+    head = tl.program_id(0) % sizes[2]
+    kind, begin, number, items, tile_sides, sides = share_of(shares, tl.program_id(0) // sizes[2])
+    kept = added_by_block(table, head, relative_h, relative_w, kind, BIASED, KERNEL, SHAPE, KEPT)
+    own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
+    present = inside(tl.arange(0, T), tile_sides, TILE_W)
+    apart = tokens_from(sizes, own)
+    for item in range(items[0], items[1]):
+        sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        q = load(query, query_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
+        if KEPT:
+            found = ()
+            for block in tl.static_range(BLOCKS):
+                place = block * BLOCK + tl.arange(0, BLOCK)
+                step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
+                k = load(key, key_strides, sample, head, rectangle, step, real, DIMS[0], DIMS[2], UPCAST)
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + kept[block]
+                found = found + (logits,)  # type: ignore[assignment]
+            top = found[0]  # type: ignore[misc]
+            for block in tl.static_range(1, BLOCKS):
+                top = tl.maximum(top, found[block])
+            high = tl.max(top, 1)
+            base = tl.where(high == float("-inf"), 0.0, high)  # the table closes all neighbors
+            sums = tl.full([T, BLOCK], 0.0, tl.float32)
+            result = tl.full([T, BLOCK_V], 0.0, tl.float32)
+            for block in tl.static_range(BLOCKS):
+                place = block * BLOCK + tl.arange(0, BLOCK)
+                step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
+                v = load(value, value_strides, sample, head, rectangle, step, real, DIMS[1], DIMS[3], UPCAST)
+                p = tl.exp2(found[block] - base[:, None])
+                sums += p
+                result = tl.dot(p.to(v.dtype), v, result, input_precision="ieee")
+            total = tl.sum(sums, 1)
+        else:
+            high = tl.full([T], float("-inf"), tl.float32)
+            total = tl.full([T], 0.0, tl.float32)
+            result = tl.full([T, BLOCK_V], 0.0, tl.float32)
+            for block in range(BLOCKS):
+                more = added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE)
+                place = block * BLOCK + tl.arange(0, BLOCK)
+                step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
+                k = load(key, key_strides, sample, head, rectangle, step, real, DIMS[0], DIMS[2], UPCAST)
+                v = load(value, value_strides, sample, head, rectangle, step, real, DIMS[1], DIMS[3], UPCAST)
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + more
+                higher = tl.maximum(high, tl.max(logits, 1))
+                base = tl.where(higher == float("-inf"), 0.0, higher)  # no neighbor so far
+                p = tl.exp2(logits - base[:, None])
+                shrink = tl.exp2(high - base)
+                result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
+                total = total * shrink + tl.sum(p, 1)
+                high = higher
+        token = token_of(sizes, sample, head, tile)
+        store(out, token, apart, result / total[:, None], present, VALUE_DIM, BLOCK_V)
+        tl.store(lse + token + apart, high + tl.log2(total), mask=present)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -274,7 +257,7 @@ def row_products(left, right, sums, count, DIM: tl.constexpr, BLOCK_D: tl.conste
     tl.store(sums + row, tl.sum(products, 1), mask=row < count)
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
+@triton.jit(do_not_specialize=["sizes"])
 def query_gradient(
     query,
     key,
@@ -284,82 +267,130 @@ def query_gradient(
     lse,
     delta,
     grad_query,
+    tiles,
+    shares,
+    relative_h,
+    relative_w,
     query_strides,
     key_strides,
     value_strides,
     out_strides,
-    height,
-    width,
-    heads,
-    tiles_h,
-    tiles_w,
-    dilation_h,
-    dilation_w,
+    sizes,
+    dilation,
     scale,
     factor,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    DIMS: tl.constexpr,
     UPCAST: tl.constexpr,
     BIASED: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Gradient of a tile of queries; `scale` is that of the logits, `factor` that of the products."""
-    head, tile_h, tile_w, grid_h, grid_w, sample = place(
-        tl.program_id(0), heads, tiles_h, tiles_w, dilation_h, dilation_w
-    )
-    length_h = grid_length(height, grid_h, dilation_h)
-    length_w = grid_length(width, grid_w, dilation_w)
-    query_h, query_w, inside = tile_positions(tile_h, tile_w, length_h, length_w, TILE_H, TILE_W)
-    y = grid_h + query_h * dilation_h
-    x = grid_w + query_w * dilation_w
-    index = ((sample * height + y) * width + x) * heads + head
-    q = load(query, query_strides, sample, head, y, x, inside, HEAD_DIM, BLOCK_D, UPCAST)
-    g = load(grad_out, out_strides, sample, head, y, x, inside, VALUE_DIM, BLOCK_V, UPCAST)
-    sums = tl.load(lse + index, mask=inside, other=0.0)
-    mean = tl.load(delta + index, mask=inside, other=0.0)
+    """Gradients of tiles of queries; `scale` is that of the logits, `factor` that of the products."""
+    T: tl.constexpr = SHAPE[0] * SHAPE[1]
+    TILE_W: tl.constexpr = SHAPE[1]
+    BLOCKS: tl.constexpr = SHAPE[5]
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    BLOCK_D: tl.constexpr = DIMS[2]
+    head = tl.program_id(0) % sizes[2]
+    kind, begin, number, items, tile_sides, sides = share_of(shares, tl.program_id(0) // sizes[2])
+    kept = added_by_block(table, head, relative_h, relative_w, kind, BIASED, KERNEL, SHAPE, KEPT)
+    own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
+    present = inside(tl.arange(0, T), tile_sides, TILE_W)
+    apart = tokens_from(sizes, own)
+    for item in range(items[0], items[1]):
+        sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        token = token_of(sizes, sample, head, tile)
+        q = load(query, query_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
+        g = load(grad_out, out_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
+        sums = tl.load(lse + token + apart)
+        mean = tl.load(delta + token + apart)
+        result = tl.full([T, BLOCK_D], 0.0, tl.float32)
+        if KEPT:
+            for block in tl.static_range(BLOCKS):
+                grad, k = logits_gradient(
+                    key,
+                    value,
+                    key_strides,
+                    value_strides,
+                    sample,
+                    head,
+                    rectangle,
+                    sides,
+                    dilation,
+                    q,
+                    g,
+                    sums,
+                    mean,
+                    scale,
+                    kept[block],
+                    block,
+                    DIMS,
+                    UPCAST,
+                    SHAPE,
+                )
+                result = tl.dot(grad.to(k.dtype), k, result, input_precision="ieee")
+        else:
+            for block in range(BLOCKS):
+                grad, k = logits_gradient(
+                    key,
+                    value,
+                    key_strides,
+                    value_strides,
+                    sample,
+                    head,
+                    rectangle,
+                    sides,
+                    dilation,
+                    q,
+                    g,
+                    sums,
+                    mean,
+                    scale,
+                    added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE),
+                    block,
+                    DIMS,
+                    UPCAST,
+                    SHAPE,
+                )
+                result = tl.dot(grad.to(k.dtype), k, result, input_precision="ieee")
+        store(grad_query, token, apart, result * factor, present, HEAD_DIM, BLOCK_D)
 
-    begin_h, begin_w, columns, count = keys_of(
-        tile_h, tile_w, length_h, length_w, KERNEL_H, KERNEL_W, TILE_H, TILE_W
-    )
-    result = tl.full([TILE_H * TILE_W, BLOCK_D], 0.0, tl.float32)
-    for start in range(0, count, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        key_h = begin_h + block // columns
-        key_w = begin_w + block % columns
-        present = block < count
-        key_y = grid_h + key_h * dilation_h
-        key_x = grid_w + key_w * dilation_w
-        k = load(key, key_strides, sample, head, key_y, key_x, present, HEAD_DIM, BLOCK_D, UPCAST)
-        v = load(value, value_strides, sample, head, key_y, key_x, present, VALUE_DIM, BLOCK_V, UPCAST)
-        found = logits(
-            tl.dot(q, tl.trans(k), input_precision="ieee"),
-            scale,
-            table,
-            head,
-            query_h[:, None],
-            query_w[:, None],
-            key_h[None, :],
-            key_w[None, :],
-            length_h,
-            length_w,
-            present[None, :] & inside[:, None],
-            BIASED,
-            KERNEL_H,
-            KERNEL_W,
-        )
-        p = tl.exp2(found - sums[:, None])
-        grad = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - mean[:, None])
-        result = tl.dot(grad.to(k.dtype), k, result, input_precision="ieee")
-    store(grad_query, index, result * factor, inside, HEAD_DIM, BLOCK_D)
+
+@triton.jit
+def logits_gradient(
+    key,
+    value,
+    key_strides,
+    value_strides,
+    sample,
+    head,
+    rectangle,
+    sides,
+    dilation,
+    q,
+    g,
+    sums,
+    mean,
+    scale,
+    more,
+    block,
+    DIMS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Gradient of the logits `[T, N]` of queries and a block of keys, and the keys."""
+    place = block * SHAPE[4] + tl.arange(0, SHAPE[4])
+    COLUMNS: tl.constexpr = SHAPE[3]
+    step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
+    k = load(key, key_strides, sample, head, rectangle, step, real, DIMS[0], DIMS[2], UPCAST)
+    v = load(value, value_strides, sample, head, rectangle, step, real, DIMS[1], DIMS[3], UPCAST)
+    found = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + more
+    p = tl.exp2(found - sums[:, None])
+    return p * (tl.dot(g, tl.trans(v), input_precision="ieee") - mean[:, None]), k
 
 
-@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
+@triton.jit(do_not_specialize=["sizes"])
 def key_gradient(
     query,
     key,
@@ -370,93 +401,157 @@ def key_gradient(
     delta,
     grad_key,
     grad_value,
+    tiles,
+    shares,
+    relative_h,
+    relative_w,
     query_strides,
     key_strides,
     value_strides,
     out_strides,
-    height,
-    width,
-    heads,
-    tiles_h,
-    tiles_w,
-    dilation_h,
-    dilation_w,
+    sizes,
+    dilation,
     scale,
     factor,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    DIMS: tl.constexpr,
     UPCAST: tl.constexpr,
     BIASED: tl.constexpr,
     FOR_KEY: tl.constexpr,
     FOR_VALUE: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Gradients of a tile of keys and of its values, what is asked for; logits are `[keys, queries]`."""
-    head, tile_h, tile_w, grid_h, grid_w, sample = place(
-        tl.program_id(0), heads, tiles_h, tiles_w, dilation_h, dilation_w
-    )
-    length_h = grid_length(height, grid_h, dilation_h)
-    length_w = grid_length(width, grid_w, dilation_w)
-    key_h, key_w, inside = tile_positions(tile_h, tile_w, length_h, length_w, TILE_H, TILE_W)
-    y = grid_h + key_h * dilation_h
-    x = grid_w + key_w * dilation_w
-    k = load(key, key_strides, sample, head, y, x, inside, HEAD_DIM, BLOCK_D, UPCAST)
-    v = load(value, value_strides, sample, head, y, x, inside, VALUE_DIM, BLOCK_V, UPCAST)
-
-    begin_h, begin_w, columns, count = queries_of(
-        tile_h, tile_w, length_h, length_w, KERNEL_H, KERNEL_W, TILE_H, TILE_W
-    )
-    key_result = tl.full([TILE_H * TILE_W, BLOCK_D], 0.0, tl.float32)
-    value_result = tl.full([TILE_H * TILE_W, BLOCK_V], 0.0, tl.float32)
-    for start in range(0, count, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        query_h = begin_h + block // columns
-        query_w = begin_w + block % columns
-        present = block < count
-        query_y = grid_h + query_h * dilation_h
-        query_x = grid_w + query_w * dilation_w
-        index = ((sample * height + query_y) * width + query_x) * heads + head
-        q = load(query, query_strides, sample, head, query_y, query_x, present, HEAD_DIM, BLOCK_D, UPCAST)
-        g = load(grad_out, out_strides, sample, head, query_y, query_x, present, VALUE_DIM, BLOCK_V, UPCAST)
-        sums = tl.load(lse + index, mask=present, other=0.0)
-        found = logits(
-            tl.dot(k, tl.trans(q), input_precision="ieee"),
-            scale,
-            table,
-            head,
-            query_h[None, :],
-            query_w[None, :],
-            key_h[:, None],
-            key_w[:, None],
-            length_h,
-            length_w,
-            present[None, :] & inside[:, None],
-            BIASED,
-            KERNEL_H,
-            KERNEL_W,
-        )
-        p = tl.exp2(found - sums[None, :])
-        if FOR_VALUE:
-            value_result = tl.dot(p.to(g.dtype), g, value_result, input_precision="ieee")
+    """Gradients of tiles of keys and of their values, what is asked for; logits are `[keys, queries]`."""
+    T: tl.constexpr = SHAPE[0] * SHAPE[1]
+    TILE_W: tl.constexpr = SHAPE[1]
+    BLOCKS: tl.constexpr = SHAPE[5]
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    VALUE_DIM: tl.constexpr = DIMS[1]
+    BLOCK_D: tl.constexpr = DIMS[2]
+    BLOCK_V: tl.constexpr = DIMS[3]
+    head = tl.program_id(0) % sizes[2]
+    kind, begin, number, items, tile_sides, sides = share_of(shares, tl.program_id(0) // sizes[2])
+    kept = added_by_block(table, head, relative_h, relative_w, kind, BIASED, KERNEL, SHAPE, KEPT)
+    own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
+    present = inside(tl.arange(0, T), tile_sides, TILE_W)
+    apart = tokens_from(sizes, own)
+    for item in range(items[0], items[1]):
+        sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        k = load(key, key_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
+        v = load(value, value_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
+        for_key = tl.full([T, BLOCK_D], 0.0, tl.float32)
+        for_value = tl.full([T, BLOCK_V], 0.0, tl.float32)
+        if KEPT:
+            for block in tl.static_range(BLOCKS):
+                for_key, for_value = gather_gradients(
+                    query,
+                    grad_out,
+                    lse,
+                    delta,
+                    query_strides,
+                    out_strides,
+                    sample,
+                    head,
+                    rectangle,
+                    sides,
+                    sizes,
+                    dilation,
+                    k,
+                    v,
+                    scale,
+                    kept[block],
+                    block,
+                    for_key,
+                    for_value,
+                    DIMS,
+                    UPCAST,
+                    FOR_KEY,
+                    FOR_VALUE,
+                    SHAPE,
+                )
+        else:
+            for block in range(BLOCKS):
+                for_key, for_value = gather_gradients(
+                    query,
+                    grad_out,
+                    lse,
+                    delta,
+                    query_strides,
+                    out_strides,
+                    sample,
+                    head,
+                    rectangle,
+                    sides,
+                    sizes,
+                    dilation,
+                    k,
+                    v,
+                    scale,
+                    added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE),
+                    block,
+                    for_key,
+                    for_value,
+                    DIMS,
+                    UPCAST,
+                    FOR_KEY,
+                    FOR_VALUE,
+                    SHAPE,
+                )
+        token = token_of(sizes, sample, head, tile)
         if FOR_KEY:
-            mean = tl.load(delta + index, mask=present, other=0.0)
-            grad = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - mean[None, :])
-            key_result = tl.dot(grad.to(q.dtype), q, key_result, input_precision="ieee")
+            store(grad_key, token, apart, for_key * factor, present, HEAD_DIM, BLOCK_D)
+        if FOR_VALUE:
+            store(grad_value, token, apart, for_value, present, VALUE_DIM, BLOCK_V)
 
-    index = ((sample * height + y) * width + x) * heads + head
-    if FOR_KEY:
-        store(grad_key, index, key_result * factor, inside, HEAD_DIM, BLOCK_D)
+
+@triton.jit
+def gather_gradients(
+    query,
+    grad_out,
+    lse,
+    delta,
+    query_strides,
+    out_strides,
+    sample,
+    head,
+    rectangle,
+    sides,
+    sizes,
+    dilation,
+    k,
+    v,
+    scale,
+    more,
+    block,
+    for_key,
+    for_value,
+    DIMS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FOR_KEY: tl.constexpr,
+    FOR_VALUE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """The gradients of keys `[T, D]` and values `[T, V]` so far, and those by one block of queries."""
+    place = block * SHAPE[4] + tl.arange(0, SHAPE[4])
+    COLUMNS: tl.constexpr = SHAPE[3]
+    step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
+    token = token_of(sizes, sample, head, rectangle)
+    apart = tokens_from(sizes, step)
+    q = load(query, query_strides, sample, head, rectangle, step, real, DIMS[0], DIMS[2], UPCAST)
+    g = load(grad_out, out_strides, sample, head, rectangle, step, real, DIMS[1], DIMS[3], UPCAST)
+    found = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + more
+    p = tl.exp2(found - tl.load(lse + token + apart)[None, :])
     if FOR_VALUE:
-        store(grad_value, index, value_result, inside, VALUE_DIM, BLOCK_V)
+        for_value = tl.dot(p.to(g.dtype), g, for_value, input_precision="ieee")
+    if FOR_KEY:
+        mean = tl.load(delta + token + apart)
+        grad = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - mean[None, :])
+        for_key = tl.dot(grad.to(q.dtype), q, for_key, input_precision="ieee")
+    return for_key, for_value
 
 
-@triton.jit(do_not_specialize=["samples", "height", "width", "heads", "splits", "blocks", "strips"])
+@triton.jit(do_not_specialize=["sizes"])
 def table_gradient(
     query,
     key,
@@ -466,96 +561,74 @@ def table_gradient(
     lse,
     delta,
     partial,
+    tiles,
+    shares,
+    relative_h,
+    relative_w,
     query_strides,
     key_strides,
     value_strides,
     out_strides,
-    samples,
-    height,
-    width,
-    heads,
-    dilation_h,
-    dilation_w,
-    splits,
-    blocks,
-    strips,
+    sizes,
+    dilation,
     scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    DIMS: tl.constexpr,
     UPCAST: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    """A row of a head's bias table: its gradient from some rows of queries, in `[parts, *table.shape]`.
+    """Gradient of a head's bias table by one block of the rectangles of a program's tiles.
 
-    A row of the table belongs to one distance between the rows of query and key. A program takes a strip of
-    columns of queries and a block of columns of keys, adds up the gradients of their logits over its share
-    of the rows of the batch, and only then gathers what lies at one distance in columns.
+    The gradients of the logits of all tiles are added up first, and only then those of one entry of the
+    table. `partial` `[shares, BLOCKS, heads, *table]` holds zeros.
     """
-    parts = splits * blocks * strips * dilation_w
-    part = tl.program_id(0) % parts
-    row = tl.program_id(0) // parts % (2 * KERNEL_H - 1)
-    head = tl.program_id(0) // parts // (2 * KERNEL_H - 1)
-    split = part % splits
-    strip = part // splits // blocks % strips
-    grid_w = part // splits // blocks // strips
-
-    length_w = grid_length(width, grid_w, dilation_w)
-    column = tl.arange(0, BLOCK)
-    query_w = strip * STRIP + column
-    inside = (column < STRIP) & (query_w < length_w)
-    first_w, last_w = ends(strip, length_w, STRIP)
-    key_w = window_start(first_w, length_w, KERNEL_W) + part // splits % blocks * BLOCK + column
-    present = key_w < window_start(last_w, length_w, KERNEL_W) + KERNEL_W
-    x = grid_w + query_w * dilation_w
-    key_x = grid_w + key_w * dilation_w
-
-    distance = row - (KERNEL_H - 1)
-    _, rows = queries_at(distance, grid_length(height, 0, dilation_h), KERNEL_H)
-    items = samples * dilation_h * rows
-    share = (items + splits - 1) // splits
-    total = tl.full([BLOCK, BLOCK], 0.0, tl.float32)
-    for item in range(split * share, tl.minimum(split * share + share, items)):
-        sample = (item // (rows * dilation_h)).to(tl.int64)
-        grid_h = item // rows % dilation_h
-        length_h = grid_length(height, grid_h, dilation_h)
-        first, count = queries_at(distance, length_h, KERNEL_H)
-        query_h = first + item % rows
-        y = grid_h + query_h * dilation_h
-        key_y = y + distance * dilation_h
-        live = item % rows < count  # shorter grids have a row less
-        asking, seen = inside & live, present & live
-        index = ((sample * height + y) * width + x) * heads + head
-        q = load(query, query_strides, sample, head, y, x, asking, HEAD_DIM, BLOCK_D, UPCAST)
-        g = load(grad_out, out_strides, sample, head, y, x, asking, VALUE_DIM, BLOCK_V, UPCAST)
-        sums = tl.load(lse + index, mask=asking, other=0.0)
-        mean = tl.load(delta + index, mask=asking, other=0.0)
-        k = load(key, key_strides, sample, head, key_y, key_x, seen, HEAD_DIM, BLOCK_D, UPCAST)
-        v = load(value, value_strides, sample, head, key_y, key_x, seen, VALUE_DIM, BLOCK_V, UPCAST)
-        found = logits(
-            tl.dot(q, tl.trans(k), input_precision="ieee"),
-            scale,
-            table,
+    T: tl.constexpr = SHAPE[0] * SHAPE[1]
+    TILE_W: tl.constexpr = SHAPE[1]
+    BLOCK: tl.constexpr = SHAPE[4]
+    COLUMNS: tl.constexpr = 2 * KERNEL[1] - 1
+    head = tl.program_id(0) % sizes[2]
+    part = tl.program_id(0) // sizes[2]
+    block = part % SHAPE[5]
+    kind, begin, number, items, tile_sides, sides = share_of(shares, part // SHAPE[5])
+    more = added(table, head, relative_h, relative_w, kind, block, True, KERNEL, SHAPE)
+    sum_of_tiles = tl.full([T, BLOCK], 0.0, tl.float32)
+    own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
+    present = inside(tl.arange(0, T), tile_sides, TILE_W)
+    apart = tokens_from(sizes, own)
+    for item in range(items[0], items[1]):
+        sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        token = token_of(sizes, sample, head, tile)
+        q = load(query, query_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
+        g = load(grad_out, out_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
+        grad, _ = logits_gradient(
+            key,
+            value,
+            key_strides,
+            value_strides,
+            sample,
             head,
-            query_h,
-            query_w[:, None],
-            query_h + distance,
-            key_w[None, :],
-            length_h,
-            length_w,
-            asking[:, None] & seen[None, :],
-            True,
-            KERNEL_H,
-            KERNEL_W,
+            rectangle,
+            sides,
+            dilation,
+            q,
+            g,
+            tl.load(
+                lse + token + apart, mask=present, other=float("inf")
+            ),  # no attention from behind the grid's end
+            tl.load(delta + token + apart),
+            scale,
+            more,
+            block,
+            DIMS,
+            UPCAST,
+            SHAPE,
         )
-        p = tl.exp2(found - sums[:, None])
-        total += p * (tl.dot(g, tl.trans(v), input_precision="ieee") - mean[:, None])
+        sum_of_tiles += grad
 
-    partial += ((part * heads + head) * (2 * KERNEL_H - 1) + row) * (2 * KERNEL_W - 1)
-    apart = key_w[None, :] - query_w[:, None] + KERNEL_W - 1
-    for at in range(2 * KERNEL_W - 1):
-        tl.store(partial + at, tl.sum(tl.where(apart == at, total, 0.0)))
+    row, column = entries(relative_h, relative_w, kind, block, SHAPE)
+    column = tl.where(row >= 0, column, -1)
+    partial += (part * sizes[2] + head) * (2 * KERNEL[0] - 1) * COLUMNS
+    for at_h in range(tl.min(tl.where(column >= 0, row, 2 * KERNEL[0])), tl.max(row) + 1):
+        for at_w in range(COLUMNS):
+            pair = (row == at_h) & (column == at_w)
+            tl.store(partial + at_h * COLUMNS + at_w, tl.sum(tl.where(pair, sum_of_tiles, 0.0)))
