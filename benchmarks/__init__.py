@@ -1,8 +1,8 @@
 """Paired measurements: what `visionsel bench` runs, and the pages of docs/benchmarks.
 
-`ops`, `models`, `growth`, `memory`, `pruning` and `grounding` each have `measure`, which gives all that was
-found as values of JSON, and `tables`, which shows it. `benchmarks.targets` says which goals are reached,
-`benchmarks.tables` writes the pages.
+`ops`, `attention`, `models`, `growth`, `memory`, `pruning` and `grounding` each have `measure`, which gives
+all that was found as values of JSON, and `tables`, which shows it. `benchmarks.targets` says which goals are
+reached, `benchmarks.tables` writes the pages.
 """
 
 import sys

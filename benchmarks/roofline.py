@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import paired
 from benchmarks.paired import synchronize
 
-__all__ = ["Limits", "Work", "least_seconds", "limits"]
+__all__ = ["Limits", "Work", "least_seconds", "limits", "share", "tables"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,30 @@ def least_seconds(work: Work, limits: Limits) -> float:
     if limits.exps is not None:
         arithmetic += work.exps / limits.exps
     return max(arithmetic, work.numbers * limits.itemsize / limits.bytes)
+
+
+def share(
+    case: str, timing: paired.Timing, work: Work, limits: Limits, device: str | torch.device
+) -> dict[str, Any]:
+    """How much of the limits a timed function reaches, by the clock that they were measured with."""
+    on_cpu = torch.device(device).type == "cpu"
+    least = 1e3 * least_seconds(work, limits)
+    taken = timing.cpu_milliseconds if on_cpu else timing.milliseconds
+    return {"case": case, "name": timing.name, "least_milliseconds": least, "share": least / taken}
+
+
+def tables(found: dict[str, Any]) -> list[paired.Table]:
+    """The times, and how far they are from the machine's limits."""
+    times, *left_out = paired.tables(found)
+    reached = found["limits"]
+    title = (
+        f"Share of the machine's limits, forward: {reached['flops'] / 1e9:.0f} GFLOP/s of a matrix product"
+    )
+    if reached["exps"] is not None:
+        title += f", {reached['exps'] / 1e9:.2f} G exponentials/s"
+    title += f", a copy of {reached['bytes'] / 1e9:.0f} GB/s"
+    rows = [
+        [one["case"], one["name"], f"{one['least_milliseconds']:.3f}", f"{100 * one['share']:.1f} %"]
+        for one in found["shares"]
+    ]
+    return [times, (f"{title}.", ["case", "what", "ms at the limits", "share"], rows), *left_out]

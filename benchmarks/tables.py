@@ -21,6 +21,7 @@ __all__ = ["main", "page", "target_page", "write"]
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
 TITLES = {
     "ops": "Operators",
+    "attention": "What selecting saves",
     "models": "Whole models",
     "growth": "Growth with the image",
     "memory": "Peak memory",
@@ -30,6 +31,8 @@ TITLES = {
 ABOUT = {
     "ops": "Each operator in turn with what it replaces: medians over the rounds of the ratio of times, with "
     "the smallest and the largest. The first of a case is what the others are compared with.",
+    "attention": "Each operator without projections in turn with attention to all tokens of the map: medians "
+    "over the rounds of the ratio of times, with the smallest and the largest.",
     "models": "Whole models in turn with what they replace, with the same weights: medians over the rounds "
     "of the ratio of times, with the smallest and the largest.",
     "growth": "The first stage of each operator at images of growing size: the power of tokens that time "

@@ -72,6 +72,7 @@ def add_bench(verbs: Any, common: argparse.ArgumentParser) -> None:
         return add_verb(programs, name, shared, help, *examples)
 
     _add_ops(add)
+    _add_attention(add)
     _add_models(add)
     _add_growth(add)
     _add_memory(add)
@@ -86,7 +87,20 @@ def _add_ops(add: Add) -> None:
     _add_rounds(ops, 7)
     _add_batch(ops)
     _add_operators(ops)
-    ops.add_argument(
+    _add_dtype(ops)
+
+
+def _add_attention(add: Add) -> None:
+    text = "the operators without projections against attention to all tokens, at the same map sizes"
+    attention = add("attention", text, "visionsel bench attention --device cuda --dtype bfloat16 --batch 128")
+    _add_rounds(attention, 7)
+    _add_batch(attention)
+    _add_operators(attention)
+    _add_dtype(attention)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16", "float16"],

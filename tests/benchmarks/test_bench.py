@@ -13,7 +13,7 @@ import timm
 import torch
 
 import benchmarks
-from benchmarks import cases, models, ops, paired, roofline, tables
+from benchmarks import attention, cases, models, ops, paired, roofline, tables
 from visionsel.cli import main
 from visionsel.ops import halo
 from visionsel.ops.choice import Backend
@@ -25,7 +25,8 @@ HALO = cases.Halo(8, 16, 1)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One case, one model of a stage a block, and one call a round."""
     monkeypatch.setattr(cases, "at_224", lambda batch: [cases.Halo(8, 16, 1, batch)])
-    monkeypatch.setattr(ops, "limits", partial(roofline.limits, scale=16))
+    for program in (ops, attention):
+        monkeypatch.setattr(program, "limits", partial(roofline.limits, scale=16))
     monkeypatch.setattr(models, "OURS", {"selectformer_nano": "reference"})
     monkeypatch.setattr(models, "TIMMS", ())
     create = timm.create_model
@@ -81,6 +82,43 @@ def test_operators_are_timed_and_shown_as_text_markdown_and_files(
     assert text.count(f"| {HALO.name}, forward | ") == 4  # times, and shares of the machine's limits
 
 
+def test_operators_alone_stand_beside_attention_to_all_tokens(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [
+        cases.Neighborhood(14, 1),
+        cases.Neighborhood(14, 1, bias=False),
+        cases.BilevelRouting((14, 12), 1, 2, num_windows=7),
+        HALO,
+        cases.Focal(8, 32),
+    ]
+    monkeypatch.setattr(cases, "at_224", lambda batch: small)
+    found = bench(capsys, "attention", "--rounds", 1, "--backends", "auto", "reference")
+    routing = "bilevel routing 14x14, 7x7 windows, topk 2"
+    names = [f"{name}, {mode}" for name in _names(small, routing) for mode in ("forward", "training")]
+    assert list(dict.fromkeys(one["case"] for one in found["timings"])) == names
+    for name in names:
+        own = [one["name"] for one in found["timings"] if one["case"] == name]
+        assert own[:3] == ["attention to all", "tiled", "auto"]
+    shares = {(one["case"], one["name"]): one["share"] for one in found["shares"]}
+    assert set(shares) >= {(f"{name}, forward", "auto") for name in _names(small, routing)}
+    assert all(0 < share < 1 for share in shares.values())
+    work = attention.at_224()[0].work()
+    assert (work.flops, work.exps, work.numbers) == (4 * 196 * 49 * 32, 196 * 49, 4 * 196 * 32)
+    monkeypatch.setattr(attention, "MOST", 100)
+    found = bench(capsys, "attention", "--rounds", 1, "--operators", "neighborhood")
+    assert {one["name"] for one in found["timings"]} == {"tiled", "auto"}
+    assert {one["why"] for one in found["left_out"]} == {"more than 100 tokens"}
+    wrong = halo.tiled
+    monkeypatch.setitem(halo.BACKENDS, "reference", Backend(lambda *given: wrong(*given) + 0.1))
+    assert main(["bench", "attention", "--operators", "halo", "--backends", "reference"]) == 1
+    assert f"{HALO.name}, forward: reference differs from tiled by" in capsys.readouterr().err
+
+
+def _names(small: list[cases.Case], routing: str) -> list[str]:
+    return [routing if isinstance(case, cases.BilevelRouting) else case.name for case in small]
+
+
 def test_models_are_compared_with_their_plain_selves(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +166,7 @@ def test_a_wrong_answer_is_not_timed(
     assert f"visionsel bench ops: {HALO.name}, forward: auto differs from timm by" in captured.err
 
 
-PROGRAMS = ("ops", "models", "growth", "memory", "pruning", "grounding")
+PROGRAMS = ("ops", "attention", "models", "growth", "memory", "pruning", "grounding")
 SIZE = ("--hidden", 64, "--layers", 2, "--text-tokens", 4, "--rounds", 1)
 
 
