@@ -298,8 +298,10 @@ def query_gradient(
     own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
     present = inside(tl.arange(0, T), tile_sides, TILE_W)
     apart = tokens_from(sizes, own)
+    keys = key, key_strides, value, value_strides
     for item in range(items[0], items[1]):
         sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        where = sample, head, rectangle, sides, dilation
         token = token_of(sizes, sample, head, tile)
         q = load(query, query_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
         g = load(grad_out, out_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
@@ -309,49 +311,14 @@ def query_gradient(
         if KEPT:
             for block in tl.static_range(BLOCKS):
                 grad, k = logits_gradient(
-                    key,
-                    value,
-                    key_strides,
-                    value_strides,
-                    sample,
-                    head,
-                    rectangle,
-                    sides,
-                    dilation,
-                    q,
-                    g,
-                    sums,
-                    mean,
-                    scale,
-                    kept[block],
-                    block,
-                    DIMS,
-                    UPCAST,
-                    SHAPE,
+                    keys, where, q, g, sums, mean, scale, kept[block], block, DIMS, UPCAST, SHAPE
                 )
                 result = tl.dot(grad.to(k.dtype), k, result, input_precision="ieee")
         else:
             for block in range(BLOCKS):
+                more = added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE)
                 grad, k = logits_gradient(
-                    key,
-                    value,
-                    key_strides,
-                    value_strides,
-                    sample,
-                    head,
-                    rectangle,
-                    sides,
-                    dilation,
-                    q,
-                    g,
-                    sums,
-                    mean,
-                    scale,
-                    added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE),
-                    block,
-                    DIMS,
-                    UPCAST,
-                    SHAPE,
+                    keys, where, q, g, sums, mean, scale, more, block, DIMS, UPCAST, SHAPE
                 )
                 result = tl.dot(grad.to(k.dtype), k, result, input_precision="ieee")
         store(grad_query, token, apart, result * factor, present, HEAD_DIM, BLOCK_D)
@@ -359,15 +326,8 @@ def query_gradient(
 
 @triton.jit
 def logits_gradient(
-    key,
-    value,
-    key_strides,
-    value_strides,
-    sample,
-    head,
-    rectangle,
-    sides,
-    dilation,
+    keys,
+    where,
     q,
     g,
     sums,
@@ -379,7 +339,12 @@ def logits_gradient(
     UPCAST: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """Gradient of the logits `[T, N]` of queries and a block of keys, and the keys."""
+    """Gradient of the logits `[T, N]` of queries and a block of keys, and the keys.
+
+    `keys` are the maps of keys and values with their strides, `where` says what lies where.
+    """
+    key, key_strides, value, value_strides = keys
+    sample, head, rectangle, sides, dilation = where
     place = block * SHAPE[4] + tl.arange(0, SHAPE[4])
     COLUMNS: tl.constexpr = SHAPE[3]
     step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
@@ -436,8 +401,10 @@ def key_gradient(
     own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
     present = inside(tl.arange(0, T), tile_sides, TILE_W)
     apart = tokens_from(sizes, own)
+    queries = query, query_strides, grad_out, out_strides, lse, delta
     for item in range(items[0], items[1]):
         sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        where = sample, head, rectangle, sides, dilation
         k = load(key, key_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
         v = load(value, value_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
         for_key = tl.full([T, BLOCK_D], 0.0, tl.float32)
@@ -445,18 +412,9 @@ def key_gradient(
         if KEPT:
             for block in tl.static_range(BLOCKS):
                 for_key, for_value = gather_gradients(
-                    query,
-                    grad_out,
-                    lse,
-                    delta,
-                    query_strides,
-                    out_strides,
-                    sample,
-                    head,
-                    rectangle,
-                    sides,
+                    queries,
+                    where,
                     sizes,
-                    dilation,
                     k,
                     v,
                     scale,
@@ -472,23 +430,15 @@ def key_gradient(
                 )
         else:
             for block in range(BLOCKS):
+                more = added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE)
                 for_key, for_value = gather_gradients(
-                    query,
-                    grad_out,
-                    lse,
-                    delta,
-                    query_strides,
-                    out_strides,
-                    sample,
-                    head,
-                    rectangle,
-                    sides,
+                    queries,
+                    where,
                     sizes,
-                    dilation,
                     k,
                     v,
                     scale,
-                    added(table, head, relative_h, relative_w, kind, block, BIASED, KERNEL, SHAPE),
+                    more,
                     block,
                     for_key,
                     for_value,
@@ -507,18 +457,9 @@ def key_gradient(
 
 @triton.jit
 def gather_gradients(
-    query,
-    grad_out,
-    lse,
-    delta,
-    query_strides,
-    out_strides,
-    sample,
-    head,
-    rectangle,
-    sides,
+    queries,
+    where,
     sizes,
-    dilation,
     k,
     v,
     scale,
@@ -533,6 +474,8 @@ def gather_gradients(
     SHAPE: tl.constexpr,
 ):
     """The gradients of keys `[T, D]` and values `[T, V]` so far, and those by one block of queries."""
+    query, query_strides, grad_out, out_strides, lse, delta = queries
+    sample, head, rectangle, sides, dilation = where
     place = block * SHAPE[4] + tl.arange(0, SHAPE[4])
     COLUMNS: tl.constexpr = SHAPE[3]
     step, real = steps(place, sides, dilation, COLUMNS), inside(place, sides, COLUMNS)
@@ -595,34 +538,17 @@ def table_gradient(
     own = steps(tl.arange(0, T), tile_sides, dilation, TILE_W)
     present = inside(tl.arange(0, T), tile_sides, TILE_W)
     apart = tokens_from(sizes, own)
+    keys = key, key_strides, value, value_strides
     for item in range(items[0], items[1]):
         sample, tile, rectangle = tile_of(tiles, item, begin, number)
+        where = sample, head, rectangle, sides, dilation
         token = token_of(sizes, sample, head, tile)
         q = load(query, query_strides, sample, head, tile, own, present, DIMS[0], DIMS[2], UPCAST)
         g = load(grad_out, out_strides, sample, head, tile, own, present, DIMS[1], DIMS[3], UPCAST)
-        grad, _ = logits_gradient(
-            key,
-            value,
-            key_strides,
-            value_strides,
-            sample,
-            head,
-            rectangle,
-            sides,
-            dilation,
-            q,
-            g,
-            tl.load(
-                lse + token + apart, mask=present, other=float("inf")
-            ),  # no attention from behind the grid's end
-            tl.load(delta + token + apart),
-            scale,
-            more,
-            block,
-            DIMS,
-            UPCAST,
-            SHAPE,
-        )
+        # no attention from behind the grid's end
+        sums = tl.load(lse + token + apart, mask=present, other=float("inf"))
+        mean = tl.load(delta + token + apart)
+        grad, _ = logits_gradient(keys, where, q, g, sums, mean, scale, more, block, DIMS, UPCAST, SHAPE)
         sum_of_tiles += grad
 
     row, column = entries(relative_h, relative_w, kind, block, SHAPE)
