@@ -99,3 +99,31 @@ def test_auto_takes_the_first_that_can_serve_the_call(monkeypatch: pytest.Monkey
         choice.compute("neighborhood", backends, "natten", x, True)
     with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, natten, tiled"):
         choice.compute("neighborhood", backends, "fast", x, False)
+
+
+def test_auto_leaves_out_what_is_not_measured_and_says_so() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def half_only(x: torch.Tensor) -> str | None:
+        return None if x.dtype == torch.bfloat16 else "not timed in float32"
+
+    backends = {"triton": Backend(run, left_out=half_only), "tiled": Backend(run), "reference": Backend(run)}
+    order = ("triton", "tiled", "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(choice.ORDER, "halo", {"cpu": order})
+        x = torch.zeros(1)
+        assert choice.taken_by_auto("halo", backends, x) == "tiled"
+        assert choice.usable("halo", backends, x) == [*order]  # by name it serves
+        assert choice.against("halo", backends, x)["triton"] == "not timed in float32"
+        assert choice.compute("halo", backends, "triton", x) is x
+        assert choice.taken_by_auto("halo", backends, x.bfloat16()) == "triton"
+
+
+@pytest.mark.parametrize("operator", ["neighborhood", "bilevel_routing"])
+def test_kernels_on_a_gpu_are_taken_in_half_precision(operator: str) -> None:
+    kernels = import_module(f"visionsel.ops.{operator}").BACKENDS["triton"]
+    assert kernels.left_out(torch.zeros(1, dtype=torch.float16)) is None
+    assert "not measured in float32" in str(kernels.left_out(torch.zeros(1)))
+    order = choice.ORDER[operator]["cuda"]
+    assert order.index("triton") < order.index("tiled")

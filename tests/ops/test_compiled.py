@@ -285,3 +285,15 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytes
     assert "/nowhere/Python.h: install python3-dev" in compilation._no_cpp_compiler.__wrapped__()
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     assert "triton, which compiles for GPUs, is not installed" in compilation._no_triton.__wrapped__()
+
+
+def test_compiling_is_not_exporting() -> None:
+    class Told(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if compilation.is_exporting() else 3)
+
+    x, told = torch.ones(2), Told()
+    assert torch.equal(told(x), 3 * x)
+    assert torch.equal(torch.compile(told, fullgraph=True, backend="eager")(x), 3 * x)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(told, (x,), strict=strict).module()(x), 2 * x)

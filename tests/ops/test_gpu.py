@@ -31,3 +31,14 @@ def test_the_reason_against_a_call_is_told(
     x = torch.zeros(1, 8, 8, 1, changes.get("dim", 8), dtype=changes.get("dtype", torch.float32))
     told = package.BACKENDS["triton"].why_not(x, x, x, *rest)
     assert told is None if reason is None else reason in str(told)
+
+
+def test_exported_and_transformed_programs_hold_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "interpreted", lambda: True)
+    x = torch.zeros(1, 8, 8, 1, 8)
+    assert gpu.refusal(x, x) is None
+    told = []
+    torch.func.grad(lambda y: (told.append(gpu.refusal(y, y)), y.sum())[1])(x)
+    assert "torch.func" in str(told[0])
+    monkeypatch.setattr(gpu, "is_exporting", lambda: True)
+    assert "exported programs" in str(gpu.refusal(x, x))
