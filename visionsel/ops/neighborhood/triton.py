@@ -3,8 +3,8 @@
 A program attends from a tile of queries to the keys that some of them see, where they lie in the map: no
 neighbors are gathered, and no logits leave the chip. The forward keeps log2 of the softmax's sums; the
 backward computes the logits again, for the queries in the same way, for the keys from the queries that see
-them, for the bias over strips of rows. There are no atomics, so results repeat bit for bit. Logits, softmax
-and sums are float32; float32 maps are multiplied in float32 (no TF32), half-precision maps on tensor cores.
+them, for the bias block by block. There are no atomics, so results repeat bit for bit. Logits, softmax and
+sums are float32; float32 maps are multiplied in float32 (no TF32), half-precision maps on tensor cores.
 """
 
 from collections.abc import Mapping, Sequence
