@@ -363,7 +363,7 @@ def test_it_refuses_to_run_uncompiled(module: ModuleType) -> None:
 
 
 @MODULES
-def test_it_says_what_it_cannot_serve(module: ModuleType) -> None:
+def test_it_says_what_it_cannot_serve(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 8, 8, 1, 4)
     assert "float16 or bfloat16, the tensors are torch.float64" in module.why_not(*call(module, x.double()))
     assert "the tensors are on meta" in module.why_not(*call(module, x.to("meta")))
@@ -380,6 +380,15 @@ def test_it_says_what_it_cannot_serve(module: ModuleType) -> None:
         by_name = partial(bilevel_routing_attention, num_windows=2, topk=2, backend="flex")
     with pytest.raises(NotImplementedError, match=f"'flex' cannot serve this call: .* {reason}"):
         by_name(leaf, leaf, leaf)
+    on_cuda.shape, on_cuda.dtype = (1, 8, 8, 1, 16), torch.bfloat16
+    monkeypatch.setattr(flexible, "no_compiler", lambda device: f"no compiler for {device}")
+    for old, learns, reason in (
+        (True, True, "from PyTorch 2.14 on"),
+        (True, False, "no compiler"),
+        (False, True, "no compiler"),
+    ):
+        monkeypatch.setattr(flexible, "LARGE_BLOCKS_ONLY", old)
+        assert reason in flexible.refusal(on_cuda, on_cuda, learns)
 
 
 def test_a_bias_that_learns_is_training_and_a_weight_is_refused() -> None:
@@ -415,6 +424,8 @@ def test_symbolic_maps_are_refused(module: ModuleType) -> None:
 
 def same_on_cuda(run: Callable[..., Tensor], leaves: list[Tensor]) -> None:
     """Values and gradients of `run(..., backend)` by flex are those of the reference in float32."""
+    if flexible.LARGE_BLOCKS_ONLY and leaves[0].dtype != torch.float32:
+        pytest.skip("refused before PyTorch 2.14")
     results = []
     for backend, dtype in (("flex", leaves[0].dtype), ("reference", torch.float32)):
         own = [x.detach().to(dtype).requires_grad_() for x in leaves]
@@ -481,6 +492,7 @@ def test_on_cuda_routing_equals_the_reference(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(flexible.LARGE_BLOCKS_ONLY, reason="refused before PyTorch 2.14")
 def test_on_cuda_autocast_gives_half_precision() -> None:
     torch._dynamo.reset()
     q, k, v = (x.cuda() for x in maps(2, 16, 16, 2, 32, dtype=torch.float32))

@@ -13,6 +13,8 @@ from visionsel.ops.compilation import no_compiler
 __all__ = ["attention", "kernel_options", "ordered", "refusal", "refuse_uncompiled"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# its kernels of half precision with gradients want blocks of 64 or 128 tokens, whatever they are told
+LARGE_BLOCKS_ONLY = torch.__version__ < "2.14"
 
 
 def refusal(query: Tensor, value: Tensor, learns: bool) -> str | None:
@@ -26,6 +28,8 @@ def refusal(query: Tensor, value: Tensor, learns: bool) -> str | None:
         return f"its CUDA kernels need head dims of at least 16, got {dims[0]} and {dims[1]}"
     if device == "cpu" and learns:
         return "flex_attention has no backward on the CPU"
+    if device == "cuda" and learns and query.dtype != torch.float32 and LARGE_BLOCKS_ONLY:
+        return f"its half-precision backward takes these blocks from PyTorch 2.14 on, not {torch.__version__}"
     if torch.compiler.is_compiling():
         return None
     if 0 in (*query.shape, *value.shape):
