@@ -158,13 +158,6 @@ def an_empty_batch_is_served(device: str) -> None:
     assert not torch.autograd.grad(out.sum(), rest[4])[0].any()
 
 
-def a_second_derivative_is_refused(device: str) -> None:
-    call = small(device)
-    (grad,) = torch.autograd.grad(triton.triton(*call).square().sum(), call[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivatives; use backend='tiled'"):
-        grad.sum().backward()
-
-
 CHECKS: dict[str, Callable[[str], None]] = {
     **kernels.shared_checks(triton, small),
     **{
@@ -172,7 +165,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         for check in (
             the_operators_are_registered_as_torch_wants,
             an_empty_batch_is_served,
-            a_second_derivative_is_refused,
         )
     },
 }
@@ -182,50 +174,21 @@ def test_the_interpreted_kernels_equal_the_reference() -> None:
     kernels.assert_interpreted(__name__)
 
 
-class NoGpu:
-    """Triton's driver of a GPU that is not there: enough to compile for it."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> str:
-        return f"none of {self.capability}"  # what is compiled is kept for each device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_gpu_without_one(
     capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if not gpu.installed() or gpu.interpreted():
-        pytest.skip("needs triton, not interpreted")
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    def run() -> None:
+        q, k, v = torch.zeros(1, 16, 16, 3, 2, 16, dtype=torch.bfloat16).unbind(3)
+        tables = torch.zeros(2, 27, 16, dtype=torch.bfloat16)
+        sizes = (8, 3, 1)
+        factors = triton.relative_factors(q, tables, *sizes)
+        triton.factor_gradients([True] * 2, factors, q, tables, *sizes)
+        out, sums = triton.attention(q, k, v, factors, *sizes, 0.25)
+        triton.gradients([True] * 4, out, q, k, v, factors, out, sums, *sizes, 0.25)
 
-    shared = {}
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        shared[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", NoGpu(capability))
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    q, k, v = torch.zeros(1, 16, 16, 3, 2, 16, dtype=torch.bfloat16).unbind(3)
-    tables = torch.zeros(2, 27, 16, dtype=torch.bfloat16)
-    sizes = (8, 3, 1)
-    factors = triton.relative_factors(q, tables, *sizes)
-    triton.factor_gradients([True] * 2, factors, q, tables, *sizes)
-    out, sums = triton.attention(q, k, v, factors, *sizes, 0.25)
-    triton.gradients([True] * 4, out, q, k, v, factors, out, sums, *sizes, 0.25)
+    shared = kernels.compiled_without_a_gpu(run, capability, monkeypatch, tmp_path)
     assert set(shared) == set(KERNELS)
     assert max(shared.values()) <= 99 * 1024  # bytes that a program may have on consumers' GPUs
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.ops import kernels
-from visionsel.ops import gpu
 from visionsel.ops.neighborhood import triton
 from visionsel.ops.neighborhood.rectangles import build_plan
 from visionsel.ops.neighborhood.reference import reference
@@ -154,13 +153,6 @@ def an_empty_batch_is_served(device: str) -> None:
     assert not torch.autograd.grad(out.sum(), bias)[0].any()
 
 
-def a_second_derivative_is_refused(device: str) -> None:
-    call = small(device)
-    (grad,) = torch.autograd.grad(triton.triton(*call).square().sum(), call[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivatives; use backend='tiled'"):
-        grad.sum().backward()
-
-
 CHECKS: dict[str, Callable[[str], None]] = {
     **kernels.shared_checks(triton, small),
     **{
@@ -168,7 +160,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         for check in (
             the_operator_is_registered_as_torch_wants,
             an_empty_batch_is_served,
-            a_second_derivative_is_refused,
         )
     },
 }
@@ -178,42 +169,19 @@ def test_the_interpreted_kernels_equal_the_reference() -> None:
     kernels.assert_interpreted(__name__)
 
 
-class NoGpu:
-    """Triton's driver of a GPU that is not there: enough to compile for it."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 80, 32)
-
-    def get_current_device(self) -> str:
-        return "none"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @pytest.mark.slow
-def test_the_kernels_compile_for_a_gpu_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not gpu.installed() or gpu.interpreted():
-        pytest.skip("needs triton, not interpreted")
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_gpu_without_one(
+    capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run() -> None:
+        q, k, v = torch.zeros(1, 14, 14, 3, 2, 32, dtype=torch.bfloat16).unbind(3)
+        numbers = ((7, 7), (1, 2), 0.1)
+        bias = torch.zeros(2, 13, 13)
+        out, sums = triton.attention(q, k, v, bias, *numbers)
+        triton.gradients([True] * 4, out, q, k, v, bias, out, sums, *numbers)
 
-    shared = {}
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        shared[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", NoGpu())
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    q, k, v = torch.zeros(1, 14, 14, 3, 2, 32, dtype=torch.bfloat16).unbind(3)
-    numbers = ((7, 7), (1, 2), 0.1)
-    bias = torch.zeros(2, 13, 13)
-    out, sums = triton.attention(q, k, v, bias, *numbers)
-    triton.gradients([True] * 4, out, q, k, v, bias, out, sums, *numbers)
+    shared = kernels.compiled_without_a_gpu(run, capability, monkeypatch, tmp_path)
     assert set(shared) == {"forward", "row_products", "query_gradient", "key_gradient", "table_gradient"}
     assert max(shared.values()) <= 99 * 1024  # bytes that a program may have on consumers' GPUs
 

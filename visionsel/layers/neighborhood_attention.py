@@ -110,12 +110,11 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     if torch.jit.is_scripting():
         return F.pad(x, [0, 0, 0, max(width - x.shape[2], 0), 0, max(height - x.shape[1], 0)])
     else:
-        if sizes_are_fixed(x):
-            if x.shape[1] >= height and x.shape[2] >= width:
-                return x
-            return F.pad(x, (0, 0, 0, max(width - x.shape[2], 0), 0, max(height - x.shape[1], 0)))
-        below: Any = torch.sym_max(height, x.shape[1]) - x.shape[1]
-        beside: Any = torch.sym_max(width, x.shape[2]) - x.shape[2]
+        fixed = sizes_are_fixed(x)
+        if fixed and x.shape[1] >= height and x.shape[2] >= width:
+            return x
+        larger: Any = max if fixed else torch.sym_max  # a symbol stays one
+        below, beside = larger(height, x.shape[1]) - x.shape[1], larger(width, x.shape[2]) - x.shape[2]
         return F.pad(x, (0, 0, 0, beside, 0, below))
 
 

@@ -37,12 +37,12 @@ ORDER: dict[str, dict[str, tuple[str, ...]]] = {
 REFERENCE = "the plainest code, which the others must equal; auto never takes it"
 _BY_NAME = "it compiles for seconds at each new shape; ask for it by name"
 _UNMEASURED = "its speed is not measured on this type of device yet; ask for it by name"
-_SLOW = "it was the slower one on the GPU that it was timed on, with gradients many times"
+_SLOWER = "on a GPU it was slower than triton's kernels, and it compiles for seconds at each new shape"
 BEHIND: dict[str, dict[str, str]] = {
     "cuda": {
         "tiled": "a fused kernel serves this call",
         "triton": _UNMEASURED,
-        "flex": _SLOW,
+        "flex": _SLOWER,
         "compiled": _BY_NAME,
         "reference": REFERENCE,
     },

@@ -21,8 +21,7 @@ from visionsel.ops.gpu import interpreted, no_second_derivative, padded, refusal
 __all__ = ["triton", "why_not"]
 
 # by bytes of a number and the largest axis of a product: most queries of a program, keys that it reads at
-# once, warps, stages; compiled for compute capability 8.0 and 9.0, half precision spills no or few registers,
-# but for heads of 256, and float32 none up to heads of 32
+# once, warps, stages; those beyond 64 are for large windows, whose factors are such an axis
 FORWARD = {
     (2, 16): (64, 64, 4, 2),
     (2, 32): (64, 64, 4, 2),
@@ -449,14 +448,10 @@ def best_shift(tile: int, block_size: int, halo_size: int) -> int:
 def constants(
     query: Tensor, value: Tensor, factors: Tensor | None, block_size: int, halo_size: int, stride: int
 ) -> dict[str, Any]:
-    """What every kernel is compiled for."""
-    window = block_size + 2 * halo_size
+    """What every kernel of the attention is compiled for."""
+    window, dims = block_size + 2 * halo_size, (query.shape[4], value.shape[4])
     return {
-        "HEAD_DIM": query.shape[4],
-        "VALUE_DIM": value.shape[4],
-        "PADDED_D": padded(query.shape[4]),
-        "PADDED_V": padded(value.shape[4]),
-        "PADDED_F": padded(2 * window),
+        "DIMS": (*dims, *map(padded, dims), padded(2 * window)),
         "BLOCK": block_size,
         "HALO": halo_size,
         "WINDOW": window,

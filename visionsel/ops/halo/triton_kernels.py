@@ -8,6 +8,8 @@ both in reading order. What belongs to queries and is no map is contiguous `[B, 
 `factors`, with a last axis of 2 * WINDOW for the relative logits of the window's rows and of its columns;
 `lse`, the log2 of the softmax's sums; `delta`, the products of results and their gradients.
 
+DIMS are the head dims of keys and values, these padded, and the padded axis of factors.
+
 The relative logits of pairs are factors times a matrix of ones and zeros, which is exact, and runs on tensor
 cores as the products of queries and keys do.
 """
@@ -88,29 +90,29 @@ def spread(i, j, WINDOW: tl.constexpr, PADDED: tl.constexpr, OPERAND: tl.constex
 
 @triton.jit
 def load_keys(
-    maps,
-    strides,
-    sample,
-    head,
-    top,
-    left,
+    keys,
+    where,
     slot,
-    height,
-    width,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Vectors of the keys in slots of a window, zeros beside the map; not WHOLE: some may be no slots."""
+    """Keys and values in slots of a window, zeros beside the map; not WHOLE: some may be no slots.
+
+    `keys` are the maps of keys and values with their strides; `where` is the sample, the head, row and column
+    of the block, and the map's height and width.
+    """
+    key, key_strides, value, value_strides = keys
+    sample, head, top, left, height, width = where
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     y = top * BLOCK - HALO + slot // WINDOW
     x = left * BLOCK - HALO + slot % WINDOW
     on_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     if not WHOLE:
         on_map = on_map & (slot < WINDOW * WINDOW)
-    return load_map(maps, strides, sample, head, y, x, on_map, DIM, PADDED)
+    k = load_map(key, key_strides, sample, head, y, x, on_map, DIMS[0], DIMS[2])
+    return k, load_map(value, value_strides, sample, head, y, x, on_map, DIMS[1], DIMS[3])
 
 
 @triton.jit
@@ -137,16 +139,8 @@ def window_logits(
 
 @triton.jit
 def attend(
-    key,
-    value,
-    key_strides,
-    value_strides,
-    sample,
-    head,
-    top,
-    left,
-    height,
-    width,
+    keys,
+    where,
     scale,
     q,
     f,
@@ -154,11 +148,7 @@ def attend(
     total,
     result,
     start,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_F: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     READ: tl.constexpr,
@@ -167,46 +157,20 @@ def attend(
 ):
     """The softmax so far, and with READ keys more."""
     slot = start + tl.arange(0, READ)
-    k = load_keys(
-        key, key_strides, sample, head, top, left, slot, height, width, HEAD_DIM, PADDED_D, BLOCK, HALO, WHOLE
-    ).to(q.dtype)
-    v = load_keys(
-        value,
-        value_strides,
-        sample,
-        head,
-        top,
-        left,
-        slot,
-        height,
-        width,
-        VALUE_DIM,
-        PADDED_V,
-        BLOCK,
-        HALO,
-        WHOLE,
-    ).to(q.dtype)
-    logits = window_logits(q, k, f, slot, scale, BLOCK + 2 * HALO, PADDED_F, RELATIVE, WHOLE)
+    k, v = load_keys(keys, where, slot, DIMS, BLOCK, HALO, WHOLE)
+    logits = window_logits(q, k.to(q.dtype), f, slot, scale, BLOCK + 2 * HALO, DIMS[4], RELATIVE, WHOLE)
     higher = tl.maximum(high, tl.max(logits, 1))  # finite: some slot is a key's
     shrink = tl.exp2((high - higher) * LOG2E)
     p = tl.exp2(logits * LOG2E - (higher * LOG2E)[:, None])
     total = total * shrink + tl.sum(p, 1)
-    result = tl.dot(p.to(q.dtype), v, result * shrink[:, None], input_precision="ieee")
+    result = tl.dot(p.to(q.dtype), v.to(q.dtype), result * shrink[:, None], input_precision="ieee")
     return higher, total, result
 
 
 @triton.jit
 def descend(
-    key,
-    value,
-    key_strides,
-    value_strides,
-    sample,
-    head,
-    top,
-    left,
-    height,
-    width,
+    keys,
+    where,
     scale,
     q,
     f,
@@ -216,11 +180,7 @@ def descend(
     dq,
     df,
     start,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_F: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     READ: tl.constexpr,
@@ -231,34 +191,17 @@ def descend(
 ):
     """Gradients of queries, not yet scaled, and of factors so far, and with READ keys more."""
     slot = start + tl.arange(0, READ)
-    k = load_keys(
-        key, key_strides, sample, head, top, left, slot, height, width, HEAD_DIM, PADDED_D, BLOCK, HALO, WHOLE
-    ).to(q.dtype)
-    v = load_keys(
-        value,
-        value_strides,
-        sample,
-        head,
-        top,
-        left,
-        slot,
-        height,
-        width,
-        VALUE_DIM,
-        PADDED_V,
-        BLOCK,
-        HALO,
-        WHOLE,
-    ).to(q.dtype)
+    k, v = load_keys(keys, where, slot, DIMS, BLOCK, HALO, WHOLE)
+    k = k.to(q.dtype)
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
-    logits = window_logits(q, k, f, slot, scale, WINDOW, PADDED_F, RELATIVE, WHOLE)
+    logits = window_logits(q, k, f, slot, scale, WINDOW, DIMS[4], RELATIVE, WHOLE)
     p = tl.exp2(logits * LOG2E - bound[:, None])
-    dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(g, tl.trans(v.to(q.dtype)), input_precision="ieee")
     ds = (p * (dp - product[:, None])).to(q.dtype)
     if FOR_QUERY:
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     if FOR_FACTORS:
-        ones = spread(slot // WINDOW, slot % WINDOW, WINDOW, PADDED_F, q.dtype)
+        ones = spread(slot // WINDOW, slot % WINDOW, WINDOW, DIMS[4], q.dtype)
         df = tl.dot(ds, ones, df, input_precision="ieee")
     return dq, df
 
@@ -278,11 +221,7 @@ def forward(
     width,
     heads,
     scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_F: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -294,10 +233,17 @@ def forward(
     OPERAND: tl.constexpr,
 ):
     """OWNED queries of a block: their results and log2 of the sums of their softmax."""
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    VALUE_DIM: tl.constexpr = DIMS[1]
+    PADDED_D: tl.constexpr = DIMS[2]
+    PADDED_V: tl.constexpr = DIMS[3]
+    PADDED_F: tl.constexpr = DIMS[4]
     sample, head, top, left, token, first = queries_of(
         tl.program_id(0), height, width, heads, BLOCK, SIDE, OWNED
     )
     inside = token < SIDE * SIDE
+    keys = key, key_strides, value, value_strides
+    where = sample, head, top, left, height, width
     y = top * SIDE + token // SIDE
     x = left * SIDE + token % SIDE
     q = load_map(query, query_strides, sample, head, y, x, inside, HEAD_DIM, PADDED_D).to(OPERAND)
@@ -310,63 +256,11 @@ def forward(
     WHOLE: tl.constexpr = WINDOW * WINDOW // READ * READ
     for start in range(0, WHOLE, READ):
         high, total, result = attend(
-            key,
-            value,
-            key_strides,
-            value_strides,
-            sample,
-            head,
-            top,
-            left,
-            height,
-            width,
-            scale,
-            q,
-            f,
-            high,
-            total,
-            result,
-            start,
-            HEAD_DIM,
-            VALUE_DIM,
-            PADDED_D,
-            PADDED_V,
-            PADDED_F,
-            BLOCK,
-            HALO,
-            READ,
-            RELATIVE,
-            True,
+            keys, where, scale, q, f, high, total, result, start, DIMS, BLOCK, HALO, READ, RELATIVE, True
         )
     if LAST > 0:
         high, total, result = attend(
-            key,
-            value,
-            key_strides,
-            value_strides,
-            sample,
-            head,
-            top,
-            left,
-            height,
-            width,
-            scale,
-            q,
-            f,
-            high,
-            total,
-            result,
-            WHOLE,
-            HEAD_DIM,
-            VALUE_DIM,
-            PADDED_D,
-            PADDED_V,
-            PADDED_F,
-            BLOCK,
-            HALO,
-            LAST,
-            RELATIVE,
-            False,
+            keys, where, scale, q, f, high, total, result, WHOLE, DIMS, BLOCK, HALO, LAST, RELATIVE, False
         )
 
     row = rows_of(sample, head, y, x, height // BLOCK * SIDE, width // BLOCK * SIDE, heads)
@@ -394,11 +288,7 @@ def backward_query(
     width,
     heads,
     scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_F: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -412,10 +302,17 @@ def backward_query(
     FOR_FACTORS: tl.constexpr,
 ):
     """OWNED queries of a block: delta, which `backward_key` needs too, and gradients of query and factors."""
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    VALUE_DIM: tl.constexpr = DIMS[1]
+    PADDED_D: tl.constexpr = DIMS[2]
+    PADDED_V: tl.constexpr = DIMS[3]
+    PADDED_F: tl.constexpr = DIMS[4]
     sample, head, top, left, token, first = queries_of(
         tl.program_id(0), height, width, heads, BLOCK, SIDE, OWNED
     )
     inside = token < SIDE * SIDE
+    keys = key, key_strides, value, value_strides
+    where = sample, head, top, left, height, width
     y = top * SIDE + token // SIDE
     x = left * SIDE + token % SIDE
     row = rows_of(sample, head, y, x, height // BLOCK * SIDE, width // BLOCK * SIDE, heads)
@@ -436,16 +333,8 @@ def backward_query(
         WHOLE: tl.constexpr = WINDOW * WINDOW // READ * READ
         for start in range(0, WHOLE, READ):
             dq, df = descend(
-                key,
-                value,
-                key_strides,
-                value_strides,
-                sample,
-                head,
-                top,
-                left,
-                height,
-                width,
+                keys,
+                where,
                 scale,
                 q,
                 f,
@@ -455,11 +344,7 @@ def backward_query(
                 dq,
                 df,
                 start,
-                HEAD_DIM,
-                VALUE_DIM,
-                PADDED_D,
-                PADDED_V,
-                PADDED_F,
+                DIMS,
                 BLOCK,
                 HALO,
                 READ,
@@ -470,16 +355,8 @@ def backward_query(
             )
         if LAST > 0:
             dq, df = descend(
-                key,
-                value,
-                key_strides,
-                value_strides,
-                sample,
-                head,
-                top,
-                left,
-                height,
-                width,
+                keys,
+                where,
                 scale,
                 q,
                 f,
@@ -489,11 +366,7 @@ def backward_query(
                 dq,
                 df,
                 WHOLE,
-                HEAD_DIM,
-                VALUE_DIM,
-                PADDED_D,
-                PADDED_V,
-                PADDED_F,
+                DIMS,
                 BLOCK,
                 HALO,
                 LAST,
@@ -527,11 +400,7 @@ def backward_key(
     width,
     heads,
     scale,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    PADDED_V: tl.constexpr,
-    PADDED_F: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
     HALO: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -551,6 +420,11 @@ def backward_key(
     Tiles begin SHIFT_H rows and SHIFT_W columns before the map, where they are reached by fewer blocks. All
     products are transposed: `[keys, queries]`.
     """
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    VALUE_DIM: tl.constexpr = DIMS[1]
+    PADDED_D: tl.constexpr = DIMS[2]
+    PADDED_V: tl.constexpr = DIMS[3]
+    PADDED_F: tl.constexpr = DIMS[4]
     TOKENS: tl.constexpr = SIDE * SIDE
     PARTS: tl.constexpr = (TOKENS + READ - 1) // READ
     columns = width // BLOCK

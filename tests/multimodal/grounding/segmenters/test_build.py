@@ -46,7 +46,7 @@ def test_a_folder_of_transformers_is_read_by_its_type_and_in_float32(
     assert not segmenter.model.training
     found = segmenter.set_image(image(48, 80)).predict(boxes=BOXES)
     expected = build_segmenter(model).set_image(image(48, 80)).predict(boxes=BOXES)
-    torch.testing.assert_close(found.low_res, expected.low_res, rtol=0, atol=1e-6)
+    assert torch.equal(found.low_res, expected.low_res)
 
 
 def test_a_sam2_saved_with_its_video_parts_serves_for_images(tmp_path: Path) -> None:
@@ -61,6 +61,9 @@ def test_a_sam2_saved_with_its_video_parts_serves_for_images(tmp_path: Path) -> 
     assert type(segmenter) is Sam2Segmenter
     found = segmenter.set_image(image(48, 80)).predict(boxes=BOXES)
     expected = build_segmenter(model).set_image(image(48, 80)).predict(boxes=BOXES)
+    loaded = segmenter.model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    # where weights lie in memory moves the last bit in old releases
     torch.testing.assert_close(found.low_res, expected.low_res, rtol=0, atol=1e-6)
 
 
@@ -84,7 +87,7 @@ def test_a_released_checkpoint_is_read_by_its_path(tmp_path: Path, monkeypatch: 
     assert type(segmenter) is SamSegmenter
     found = segmenter.set_image(image(48, 80)).predict(boxes=BOXES)
     expected = SamSegmenter(model).set_image(image(48, 80)).predict(boxes=BOXES)
-    torch.testing.assert_close(found.low_res, expected.low_res, rtol=0, atol=1e-6)
+    assert torch.equal(found.low_res, expected.low_res)
     with pytest.raises(ValueError, match=r"sam_vit_b.pth is not the checkpoint of vit_l: "):
         build_segmenter("sam:vit_l", checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
