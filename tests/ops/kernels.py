@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from visionsel.ops import gpu
 
@@ -50,6 +50,30 @@ def checkpointing_changes_no_gradient(module: ModuleType, call: Call) -> None:
     plain = torch.autograd.grad(module.triton(*call).square().sum(), learned(call))
     assert len(grads) == 4
     assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
+
+
+def selective_checkpointing_sees_the_operators(module: ModuleType, call: Call) -> None:
+    """Eager calls go past PyTorch's dispatcher, but not where a mode wants to see them."""
+    seen = []
+
+    def policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        ours = operator.namespace == "visionsel"
+        seen.append(ours)
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(module.triton, *call, use_reentrant=False, context_fn=contexts)
+    grads = torch.autograd.grad(out.square().sum(), learned(call))
+    assert any(seen)
+    plain = torch.autograd.grad(module.triton(*call).square().sum(), learned(call))
+    assert all(torch.equal(x, y) for x, y in zip(grads, plain, strict=True))
+
+
+def a_profiler_sees_the_operators(module: ModuleType, call: Call) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(module.triton(*call).square().sum(), learned(call))
+    names = {event.name for event in profile.events() or ()}
+    assert {name.endswith("_backward") for name in names if name.startswith("visionsel::")} == {True, False}
 
 
 def autocast_attends_in_half_precision(module: ModuleType, call: Call) -> None:
@@ -87,6 +111,8 @@ def shared_checks(module: ModuleType, small: Callable[[str], Call]) -> dict[str,
     checks = (
         the_compiler_takes_it_as_one_graph,
         checkpointing_changes_no_gradient,
+        selective_checkpointing_sees_the_operators,
+        a_profiler_sees_the_operators,
         autocast_attends_in_half_precision,
         an_expanded_gradient_is_read_as_it_is,
         a_second_derivative_is_refused,

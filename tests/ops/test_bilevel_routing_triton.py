@@ -139,7 +139,7 @@ def the_operator_is_registered_as_torch_wants(device: str) -> None:
     q, k, v, grid, scale, index, weight = small(device)
     for w in (weight, None):
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(triton.attention, (q, k, v, index, w, *grid, scale), test_utils=tests)
+        torch.library.opcheck(triton.attend.operator, (q, k, v, index, w, *grid, scale), test_utils=tests)
 
 
 def all_windows_are_plain_attention(device: str) -> None:

@@ -139,16 +139,16 @@ def the_operators_are_registered_as_torch_wants(device: str) -> None:
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     tables = torch.stack([height, width]).detach().requires_grad_()
-    check(triton.relative_factors, (q, tables, *sizes))
-    factors = triton.relative_factors(q, tables, *sizes).detach().requires_grad_()
+    check(triton.relate.operator, (q, tables, *sizes))
+    factors = triton.relate(q, tables, *sizes).detach().requires_grad_()
     for needed in ([True, False], [False, True]):
-        check(triton.factor_gradients, (needed, factors, q, tables, *sizes))
+        check(triton.differentiate_factors.operator, (needed, factors, q, tables, *sizes))
     for given in (factors, None):
         call = (q, k, v, given, *sizes, scale)
-        check(triton.attention, call)
-        out, sums = (x.detach() for x in triton.attention(*call))
+        check(triton.attend.operator, call)
+        out, sums = (x.detach() for x in triton.attend(*call))
         needed = [True, False, True, given is not None]
-        check(triton.gradients, (needed, out, q, k, v, given, out, sums, *sizes, scale))
+        check(triton.differentiate.operator, (needed, out, q, k, v, given, out, sums, *sizes, scale))
 
 
 def an_empty_batch_is_served(device: str) -> None:
@@ -183,7 +183,7 @@ def test_the_kernels_compile_for_a_gpu_without_one(
         q, k, v = torch.zeros(1, 16, 16, 3, 2, 16, dtype=torch.bfloat16).unbind(3)
         tables = torch.zeros(2, 27, 16, dtype=torch.bfloat16)
         sizes = (8, 3, 1)
-        factors = triton.relative_factors(q, tables, *sizes)
+        factors = triton.relate(q, tables, *sizes)
         triton.factor_gradients([True] * 2, factors, q, tables, *sizes)
         out, sums = triton.attention(q, k, v, factors, *sizes, 0.25)
         triton.gradients([True] * 4, out, q, k, v, factors, out, sums, *sizes, 0.25)

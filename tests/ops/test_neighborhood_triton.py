@@ -139,11 +139,11 @@ def the_operator_is_registered_as_torch_wants(device: str) -> None:
     for table in (bias, None):
         call = (q, k, v, table, kernel, dilation, scale)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(triton.attention, call, test_utils=tests)
-        out, sums = (x.detach() for x in triton.attention(*call))
+        torch.library.opcheck(triton.attend.operator, call, test_utils=tests)
+        out, sums = (x.detach() for x in triton.attend(*call))
         needed = [True, False, True, table is not None]
         rest = (q, k, v, table, out, sums, kernel, dilation, scale)
-        torch.library.opcheck(triton.gradients, (needed, out, *rest), test_utils=tests)
+        torch.library.opcheck(triton.differentiate.operator, (needed, out, *rest), test_utils=tests)
 
 
 def an_empty_batch_is_served(device: str) -> None:

@@ -1,7 +1,11 @@
-"""What Triton kernels can serve, on which GPUs, and the sizes that they need; for the backends "triton"."""
+"""What Triton kernels can serve, on which GPUs, the sizes that they need, and how PyTorch comes to know them.
+
+For the backends "triton".
+"""
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ __all__ = [
     "installed",
     "interpreted",
     "no_second_derivative",
+    "operator",
     "padded",
     "power_of_two",
     "refusal",
@@ -72,6 +77,61 @@ def interpreted() -> bool:
 def capable(index: int | None) -> bool:
     """Whether a CUDA device has the instructions and the shared memory of the kernels."""
     return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def operator(
+    name: str,
+    compute: Callable[..., Any],
+    empty: Callable[..., Any],
+    backward: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """`compute`, a function that launches kernels, with its derivative, known to PyTorch as an operator.
+
+    In eager mode it is called past PyTorch's dispatcher, whose way through an operator written in Python and
+    its derivative takes the host as long as launching the kernels. A compiler, a mode (of fake tensors, of
+    selective checkpointing), a profiler, a tracer or a kind of tensor of its own sees the operator.
+
+    Args:
+        name: "visionsel::...", the operator's.
+        compute: of tensors, None and numbers by position; annotated, as `torch.library.custom_op` needs it.
+        empty: of the same; tensors like those that `compute` returns.
+        backward: of a context and the gradients of what it returns; as `register_autograd` takes it.
+        keep: of a context, inputs and output: saves what `backward` needs.
+
+    Returns:
+        The function to call; its `operator` is what PyTorch has.
+    """
+    known = torch.library.custom_op(name, mutates_args=())(compute)
+    known.register_fake(empty)
+    known.register_autograd(backward, setup_context=keep)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = compute(*inputs)
+            if keep is not None:
+                keep(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched(inputs):
+            return known(*inputs)
+        return Direct.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)
+
+    call.operator = known  # type: ignore[attr-defined]
+    return call
+
+
+def _is_watched(inputs: tuple[Any, ...]) -> bool:
+    """Whether somebody wants to see which operators a call is made of."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or torch.jit.is_tracing():
+        return True
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs)
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from visionsel.ops.bilevel_routing.tiled import tiled
 from visionsel.ops.checks import in_autocast_dtype
-from visionsel.ops.gpu import interpreted, no_second_derivative, padded, refusal
+from visionsel.ops.gpu import interpreted, no_second_derivative, operator, padded, refusal
+from visionsel.ops.plans import keep_plans
 
 __all__ = ["triton", "why_not"]
 
@@ -47,7 +48,7 @@ def triton(
     if index is None:
         return tiled(query, key, value, num_windows, scale, None, None)
     query, key, value = in_autocast_dtype(query, key, value)
-    return attention(query, key, value, index, weight, num_windows[0], num_windows[1], scale)[0]
+    return attend(query, key, value, index, weight, num_windows[0], num_windows[1], scale)[0]
 
 
 def why_not(
@@ -63,7 +64,6 @@ def why_not(
     return refusal(query, value)
 
 
-@torch.library.custom_op("visionsel::bilevel_routing_triton", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
@@ -102,7 +102,6 @@ def empty_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return out, query.new_empty(batch, heads, height * width, dtype=torch.float32)
 
 
-@torch.library.custom_op("visionsel::bilevel_routing_triton_backward", mutates_args=())
 def gradients(
     needed: Sequence[bool],
     grad: Tensor,
@@ -187,20 +186,20 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of all that `attention` takes."""
+    """Gradients of all that `attend` takes."""
     needed = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4)]
     saved = ctx.saved_tensors  # once: checkpointing gives them a single time
-    found = gradients(needed, grad, *saved, ctx.rows, ctx.columns, ctx.scale)
+    found = differentiate(needed, grad, *saved, ctx.rows, ctx.columns, ctx.scale)
     query, key, value, weight = (x if wanted else None for x, wanted in zip(found, needed, strict=True))
     if weight is not None:
         weight = weight.to(saved[4].dtype)
     return query, key, value, None, weight, None, None, None
 
 
-attention.register_fake(empty_results)
-attention.register_autograd(backward, setup_context=keep)
-gradients.register_fake(empty_gradients)
-gradients.register_autograd(no_second_derivative)
+attend = operator("visionsel::bilevel_routing_triton", attention, empty_results, backward, keep)
+differentiate = operator(
+    "visionsel::bilevel_routing_triton_backward", gradients, empty_gradients, no_second_derivative
+)
 
 
 def turned(index: Tensor, windows: int) -> tuple[Tensor, Tensor]:
@@ -211,8 +210,14 @@ def turned(index: Tensor, windows: int) -> tuple[Tensor, Tensor]:
         each named window begin, with the end, `[B, windows + 1]`; int64.
     """
     named, places = index.flatten(1).sort(dim=1, stable=True)
-    edges = torch.arange(windows + 1, device=index.device).expand(index.shape[0], -1)
-    return places, torch.searchsorted(named, edges.contiguous())
+    (edges,) = window_edges(index.shape[0], windows, index.device)
+    return places, torch.searchsorted(named, edges)
+
+
+@keep_plans
+def window_edges(batch: int, windows: int, device: torch.device) -> tuple[Tensor]:
+    """0 to `windows` for each sample, `[B, windows + 1]`."""
+    return (torch.arange(windows + 1, device=device).repeat(batch, 1),)
 
 
 class Sizes(NamedTuple):

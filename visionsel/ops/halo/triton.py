@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visionsel.ops.checks import in_autocast_dtype
-from visionsel.ops.gpu import interpreted, no_second_derivative, padded, refusal
+from visionsel.ops.gpu import interpreted, no_second_derivative, operator, padded, refusal
 
 __all__ = ["triton", "why_not"]
 
@@ -90,8 +90,8 @@ def triton(
     factors = None
     if rel_pos_height is not None and rel_pos_width is not None:
         tables = torch.stack([rel_pos_height, rel_pos_width]).to(q.dtype)
-        factors = relative_factors(q, tables, block_size, halo_size, stride)
-    return attention(q, k, v, factors, block_size, halo_size, stride, float(scale))[0]
+        factors = relate(q, tables, block_size, halo_size, stride)
+    return attend(q, k, v, factors, block_size, halo_size, stride, float(scale))[0]
 
 
 def why_not(
@@ -109,7 +109,6 @@ def why_not(
     return refusal(q, v, most=64)
 
 
-@torch.library.custom_op("visionsel::halo_triton", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
@@ -166,7 +165,6 @@ def empty_results(
     return query.new_empty(*query.shape[:4], value.shape[4]), lse
 
 
-@torch.library.custom_op("visionsel::halo_triton_backward", mutates_args=())
 def gradients(
     needed: Sequence[bool],
     grad: Tensor,
@@ -277,21 +275,18 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of all that `attention` takes."""
+    """Gradients of all that `attend` takes."""
     needed = list(ctx.needs_input_grad[:4])
     saved = ctx.saved_tensors  # once: checkpointing gives them a single time
-    found = gradients(needed, grad, *saved, ctx.block_size, ctx.halo_size, ctx.stride, ctx.scale)
+    found = differentiate(needed, grad, *saved, ctx.block_size, ctx.halo_size, ctx.stride, ctx.scale)
     grads = (x if wanted else None for x, wanted in zip(found, needed, strict=True))
     return (*grads, None, None, None, None)
 
 
-attention.register_fake(empty_results)
-attention.register_autograd(backward, setup_context=keep)
-gradients.register_fake(empty_gradients)
-gradients.register_autograd(no_second_derivative)
+attend = operator("visionsel::halo_triton", attention, empty_results, backward, keep)
+differentiate = operator("visionsel::halo_triton_backward", gradients, empty_gradients, no_second_derivative)
 
 
-@torch.library.custom_op("visionsel::halo_triton_factors", mutates_args=())
 def relative_factors(query: Tensor, tables: Tensor, block_size: int, halo_size: int, stride: int) -> Tensor:
     """Relative logits of the rows and of the columns of each query's window, which add up to those of keys.
 
@@ -325,7 +320,6 @@ def empty_factors(query: Tensor, tables: Tensor, block_size: int, halo_size: int
     return query.new_empty(batch, blocks, heads, side * side, 2 * (block_size + 2 * halo_size))
 
 
-@torch.library.custom_op("visionsel::halo_triton_factors_backward", mutates_args=())
 def factor_gradients(
     needed: Sequence[bool],
     grad: Tensor,
@@ -374,10 +368,10 @@ def keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def backward_factors(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all that `relative_factors` takes."""
+    """Gradients of all that `relate` takes."""
     needed = list(ctx.needs_input_grad[:2])
     query, tables = ctx.saved_tensors  # once: checkpointing gives them a single time
-    grad_query, grad_tables = factor_gradients(needed, grad, query, tables, *ctx.sizes)
+    grad_query, grad_tables = differentiate_factors(needed, grad, query, tables, *ctx.sizes)
     return (
         grad_query if needed[0] else None,
         grad_tables.to(tables.dtype) if needed[1] else None,
@@ -387,10 +381,12 @@ def backward_factors(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-relative_factors.register_fake(empty_factors)
-relative_factors.register_autograd(backward_factors, setup_context=keep_factors)
-factor_gradients.register_fake(empty_factor_gradients)
-factor_gradients.register_autograd(no_second_derivative)
+relate = operator(
+    "visionsel::halo_triton_factors", relative_factors, empty_factors, backward_factors, keep_factors
+)
+differentiate_factors = operator(
+    "visionsel::halo_triton_factors_backward", factor_gradients, empty_factor_gradients, no_second_derivative
+)
 
 
 def map_size(query: Tensor, stride: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visionsel.ops.checks import in_autocast_dtype
-from visionsel.ops.gpu import interpreted, no_second_derivative, padded, power_of_two, refusal
+from visionsel.ops.gpu import interpreted, no_second_derivative, operator, padded, power_of_two, refusal
 from visionsel.ops.neighborhood.rectangles import kept_plan
 
 __all__ = ["triton", "why_not"]
@@ -64,7 +64,7 @@ def triton(
     Maps may have any strides. Autocast casts them, but not the bias. It has no second derivatives.
     """
     query, key, value = in_autocast_dtype(query, key, value)
-    return attention(query, key, value, rel_pos_bias, list(kernel_size), list(dilation), float(scale))[0]
+    return attend(query, key, value, rel_pos_bias, list(kernel_size), list(dilation), float(scale))[0]
 
 
 def why_not(
@@ -80,7 +80,6 @@ def why_not(
     return refusal(query, value, most=128 if query.dtype == torch.float32 else 256)
 
 
-@torch.library.custom_op("visionsel::neighborhood_triton", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
@@ -122,7 +121,6 @@ def empty_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return out, query.new_empty(query.shape[:4], dtype=torch.float32)
 
 
-@torch.library.custom_op("visionsel::neighborhood_triton_backward", mutates_args=())
 def gradients(
     needed: Sequence[bool],
     grad: Tensor,
@@ -211,20 +209,20 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    """Gradients of all that `attention` takes."""
+    """Gradients of all that `attend` takes."""
     needed = list(ctx.needs_input_grad[:4])
     saved = ctx.saved_tensors  # once: checkpointing gives them a single time
-    found = gradients(needed, grad, *saved, ctx.kernel_size, ctx.dilation, ctx.scale)
+    found = differentiate(needed, grad, *saved, ctx.kernel_size, ctx.dilation, ctx.scale)
     query, key, value, bias = (x if wanted else None for x, wanted in zip(found, needed, strict=True))
     if bias is not None:
         bias = bias.to(saved[3].dtype)
     return query, key, value, bias, None, None, None
 
 
-attention.register_fake(empty_results)
-attention.register_autograd(backward, setup_context=keep)
-gradients.register_fake(empty_gradients)
-gradients.register_autograd(no_second_derivative)
+attend = operator("visionsel::neighborhood_triton", attention, empty_results, backward, keep)
+differentiate = operator(
+    "visionsel::neighborhood_triton_backward", gradients, empty_gradients, no_second_derivative
+)
 
 
 def arrange(
