@@ -3,6 +3,7 @@
 import math
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from visionsel.ops import chunks
 from visionsel.ops.bilevel_routing import bilevel_routing_attention, top_windows, window_means
 
 tiled: Any = import_module("visionsel.ops.bilevel_routing.tiled")
@@ -72,6 +74,7 @@ def test_it_is_what_the_paper_says(backend: str, topk: int) -> None:
     soft=st.booleans(),
     pooled=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    numbers=st.sampled_from([chunks._NUMBERS, 40]),  # of a chunk: one or many
 )
 def test_tiled_equals_the_reference_in_values_and_gradients(
     batch: int,
@@ -83,6 +86,7 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
     soft: bool,
     pooled: bool,
     dtype: torch.dtype,
+    numbers: int,
 ) -> None:
     windows = grid[0] * grid[1]
     topk = max(1, round(share * windows))
@@ -95,15 +99,16 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
         index, logits = top_windows(window_means(q, grid), window_means(k, grid), topk, 0.5)
         given_routing = {"routing": index, "routing_weight": logits.softmax(-1)}
     results = []
-    for backend in ("tiled", "reference"):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, index = bilevel_routing_attention(
-            *leaves, grid, topk, backend=backend, return_routing=True, **given_routing
-        )
-        out.square().sum().backward()
-        with torch.no_grad():
-            unlearned = bilevel_routing_attention(*leaves, grid, topk, backend=backend, **given_routing)
-        results.append([out, unlearned, *(x.grad for x in leaves), index])
+    with patch.object(chunks, "_NUMBERS", numbers):
+        for backend in ("tiled", "reference"):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out, index = bilevel_routing_attention(
+                *leaves, grid, topk, backend=backend, return_routing=True, **given_routing
+            )
+            out.square().sum().backward()
+            with torch.no_grad():
+                unlearned = bilevel_routing_attention(*leaves, grid, topk, backend=backend, **given_routing)
+            results.append([out, unlearned, *(x.grad for x in leaves), index])
     assert torch.equal(results[0].pop().sort(-1).values, results[1].pop().sort(-1).values)
     for fast, truth in zip(*results, strict=True):
         scale = max(1.0, truth.abs().max().item())

@@ -1,11 +1,14 @@
 """Halo attention: the fast backend against the reference, the reference against loops written here."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from visionsel.ops import chunks
 from visionsel.ops.halo import halo_attention
 
 # float32: the error of reordered sums of a few hundred terms of order 1; float64: the same at its precision
@@ -94,6 +97,7 @@ def test_it_is_what_the_paper_says(backend: str, block_size: int, halo_size: int
     tables=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 1000),
+    numbers=st.sampled_from([chunks._NUMBERS, 40]),  # of a chunk: one or many
 )
 def test_tiled_equals_the_reference_in_values_and_gradients(
     batch: int,
@@ -106,6 +110,7 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
     tables: bool,
     dtype: torch.dtype,
     seed: int,
+    numbers: int,
 ) -> None:
     block_size = side * stride
     args = draw(
@@ -122,16 +127,17 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
         seed=seed,
     )
     results = []
-    for backend in ("reference", "tiled"):
-        q, k, v, rel_h, rel_w = (None if t is None else t.clone().requires_grad_() for t in args)
-        out = halo_attention(q, k, v, block_size, halo_size, rel_h, rel_w, backend=backend)
-        weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
-        gradients = torch.autograd.grad(
-            (out * weight).sum(), [t for t in (q, k, v, rel_h, rel_w) if t is not None]
-        )
-        with torch.inference_mode():  # another path than training takes
-            inferred = halo_attention(q, k, v, block_size, halo_size, rel_h, rel_w, backend=backend)
-        results.append([out.detach(), inferred, *gradients])
+    with patch.object(chunks, "_NUMBERS", numbers):
+        for backend in ("reference", "tiled"):
+            q, k, v, rel_h, rel_w = (None if t is None else t.clone().requires_grad_() for t in args)
+            out = halo_attention(q, k, v, block_size, halo_size, rel_h, rel_w, backend=backend)
+            weight = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+            gradients = torch.autograd.grad(
+                (out * weight).sum(), [t for t in (q, k, v, rel_h, rel_w) if t is not None]
+            )
+            with torch.inference_mode():  # another path than training takes
+                inferred = halo_attention(q, k, v, block_size, halo_size, rel_h, rel_w, backend=backend)
+            results.append([out.detach(), inferred, *gradients])
     for expected, got in zip(*results, strict=True):
         # a table's gradient sums over every block of the batch
         atol = ATOL[dtype] * max(1.0, expected.abs().max().item())

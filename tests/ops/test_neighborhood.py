@@ -3,6 +3,7 @@
 import sys
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import input_tensor, load_fixture
 from visionsel import ops
+from visionsel.ops import chunks
 from visionsel.ops.neighborhood import neighborhood_attention
 from visionsel.ops.neighborhood.reference import neighbors
 from visionsel.ops.neighborhood.traced import traced
@@ -118,6 +120,7 @@ def test_maps_without_numbers_have_a_shape() -> None:
     dims=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    numbers=st.sampled_from([chunks._NUMBERS, 40]),  # of a chunk: one or many
 )
 def test_tiled_equals_the_reference_in_values_and_gradients(
     batch: int,
@@ -128,20 +131,22 @@ def test_tiled_equals_the_reference_in_values_and_gradients(
     dims: tuple[int, int],
     biased: bool,
     dtype: torch.dtype,
+    numbers: int,
 ) -> None:
     height, width = (k * d + more for k, d, more in zip(kernel, dilation, beyond, strict=True))
     tensors = list(maps(batch, height, width, heads, dims[0], value_dim=dims[1], dtype=dtype))
     if biased:
         tensors.append(table(heads, kernel, dtype))
     results = []
-    for backend in ("tiled", "reference"):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        q, k, v, bias = leaves if biased else [*leaves, None]
-        out = neighborhood_attention(q, k, v, kernel, dilation, bias, 0.4, backend)
-        out.square().sum().backward()
-        with torch.no_grad():
-            unlearned = neighborhood_attention(q, k, v, kernel, dilation, bias, 0.4, backend)
-        results.append([out, unlearned, *(x.grad for x in leaves)])
+    with patch.object(chunks, "_NUMBERS", numbers):
+        for backend in ("tiled", "reference"):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            q, k, v, bias = leaves if biased else [*leaves, None]
+            out = neighborhood_attention(q, k, v, kernel, dilation, bias, 0.4, backend)
+            out.square().sum().backward()
+            with torch.no_grad():
+                unlearned = neighborhood_attention(q, k, v, kernel, dilation, bias, 0.4, backend)
+            results.append([out, unlearned, *(x.grad for x in leaves)])
     with torch.no_grad():
         symbolic = traced(q, k, v, kernel, dilation, bias, 0.4)
     torch.testing.assert_close(symbolic, results[1][0], rtol=0, atol=ATOL[dtype])

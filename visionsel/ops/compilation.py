@@ -14,9 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.utils import _python_dispatch
 
-__all__ = ["call_compiled", "is_exporting", "is_transformed", "no_compiler", "sizes_are_fixed", "why_not"]
+__all__ = [
+    "call_compiled",
+    "is_exporting",
+    "is_transformed",
+    "is_watched",
+    "no_compiler",
+    "sizes_are_fixed",
+    "why_not",
+]
 
 
 def call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -76,6 +86,18 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is at work, whose tensors and gradients look like any other."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def is_watched() -> bool:
+    """Whether something follows PyTorch's operators that would not know what an eager call is made of here.
+
+    A transform of `torch.func`, forward-mode differentiation or a dispatch mode.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _python_dispatch._get_current_dispatch_mode() is not None
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionsel.ops.compilation import is_exporting, is_transformed
+from visionsel.ops.compilation import is_exporting, is_transformed, is_watched
 
 __all__ = [
     "capable",
@@ -129,7 +129,7 @@ def operator(
 
 def _is_watched(inputs: tuple[Any, ...]) -> bool:
     """Whether somebody wants to see which operators a call is made of."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled() or torch.jit.is_tracing():
+    if is_watched() or torch.autograd._profiler_enabled() or torch.jit.is_tracing():
         return True
     return any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in inputs)
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
 
 from visionsel.ops.checks import learns
+from visionsel.ops.compilation import is_watched
 
 __all__ = ["linear", "onednn_is_faster", "taken_by_auto", "unavailable", "why_not"]
 
@@ -108,7 +107,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None
             )
     if torch.is_autocast_enabled("cpu"):
         return "autocast computes in half precision"
-    if _watched():
+    if is_watched():
         return "a transform of torch.func, forward-mode differentiation or a dispatch mode looks on"
     return unavailable()
 
@@ -181,15 +180,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-
-
-def _watched() -> bool:
-    """Whether something follows the operators of PyTorch that would not know this one."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _python_dispatch._get_current_dispatch_mode() is not None
-    )
 
 
 @functools.cache

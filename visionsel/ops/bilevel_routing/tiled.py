@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops.bilevel_routing import chunked
 from visionsel.ops.bilevel_routing.routing import times_routed, top_windows, window_means
+from visionsel.ops.chunks import serves
 
 __all__ = ["scriptable_attention", "tiled"]
 
@@ -29,7 +31,7 @@ def tiled(
     weight: Tensor | None,
 ) -> Tensor:
     """Attend from every window to those that `index` `[B, windows, topk]` names; None means all windows."""
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, head_dim = query.shape
     nh, nw = num_windows
     mask: Tensor | None = None
     if index is not None and weight is None and masking_pays(query, nh * nw, index.shape[2]):
@@ -46,18 +48,22 @@ def tiled(
         return out.transpose(1, 2).reshape(batch, height, width, heads, value.shape[4])
     topk = index.shape[2]
     regions = torch.arange(batch * heads, device=index.device).view(batch, heads, 1, 1) * (nh * nw)
-    row = (index.unsqueeze(1) + regions).flatten()
-    query = per_region(region_rows(query, nh, nw), query, nh, nw, 1)
-    key = per_region(region_rows(key, nh, nw).index_select(0, row), key, nh, nw, topk)
-    value = per_region(region_rows(value, nh, nw).index_select(0, row), value, nh, nw, topk)
+    row = index.unsqueeze(1) + regions
+    keys, values = region_rows(key, nh, nw), region_rows(value, nh, nw)
+    queries = per_region(region_rows(query, nh, nw), query, nh, nw, 1)
+    if not torch.jit.is_scripting():
+        tokens, routed = queries.shape[2], row.numel() * keys.shape[1] // head_dim
+        if weight is None and serves(query, (tokens + head_dim) * routed):
+            out = chunked.attend(queries.flatten(0, 1), keys, values, row.flatten(0, 2), scale)
+            return to_map(out, value, height, width, nh, nw)
+    keys = per_region(keys.index_select(0, row.flatten()), key, nh, nw, topk)
+    values = per_region(values.index_select(0, row.flatten()), value, nh, nw, topk)
     if weight is not None:
-        weight = weight.to(key.dtype).repeat_interleave(key.shape[2] // topk, dim=2)
+        weight = weight.to(key.dtype).repeat_interleave(keys.shape[2] // topk, dim=2)
         weight = weight.unsqueeze(1).expand(-1, heads, -1, -1).flatten(1, 2).unsqueeze(3)
-        key = key * weight
-        value = value * weight
-    out = attend(query, key, value, scale)
-    out = out.view(batch, heads, nh, nw, height // nh, width // nw, value.shape[3])
-    return out.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height, width, heads, value.shape[3])
+        keys = keys * weight
+        values = values * weight
+    return to_map(attend(queries, keys, values, scale), value, height, width, nh, nw)
 
 
 def masking_pays(query: Tensor, windows: int, topk: int) -> bool:
@@ -107,6 +113,13 @@ def per_region(rows: Tensor, x: Tensor, nh: int, nw: int, regions: int) -> Tenso
     """
     batch, height, width, heads, head_dim = x.shape
     return rows.view(batch, heads * nh * nw, regions * (height // nh) * (width // nw), head_dim)
+
+
+def to_map(out: Tensor, value: Tensor, height: int, width: int, nh: int, nw: int) -> Tensor:
+    """Results of all windows, samples and heads first -> `[B, H, W, heads, value_dim]`."""
+    batch, heads, value_dim = value.shape[0], value.shape[3], value.shape[4]
+    out = out.view(batch, heads, nh, nw, height // nh, width // nw, value_dim)
+    return out.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, height, width, heads, value_dim)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

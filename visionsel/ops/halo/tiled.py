@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops.chunks import attend, serves, slices
 from visionsel.ops.compilation import is_exporting
 from visionsel.ops.plans import keep_plans, remainder
 
@@ -74,15 +75,15 @@ def _windows(x: Tensor, keys: Tensor, halo_size: int, blocks: int, window: int) 
     return x.view(batch * blocks, window * window, heads, head_dim).transpose(1, 2)
 
 
-def _relative_logits(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> Tensor:
-    """Logits of relative position.
+def _relative_factors(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of relative position by rows of the window and by columns; those of a key are their sum.
 
     Args:
         query: `[N, side, side, heads, head_dim]`.
         height_rows, width_rows: table rows of every query and key coordinate, `[side, window, head_dim]`.
 
     Returns:
-        `[N, heads, side * side, window * window]`.
+        Two `[N, heads, side, side, window]`.
     """
     count, side, _, heads, head_dim = query.shape
     window = height_rows.shape[1]
@@ -90,19 +91,75 @@ def _relative_logits(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> 
     by_column = query.permute(2, 0, 1, 3, 4).reshape(side, count * side * heads, head_dim)
     vertical = torch.bmm(by_row, height_rows.transpose(1, 2)).view(side, count, side, heads, window)
     horizontal = torch.bmm(by_column, width_rows.transpose(1, 2)).view(side, count, side, heads, window)
-    vertical, horizontal = vertical.permute(1, 3, 0, 2, 4), horizontal.permute(1, 3, 2, 0, 4)
-    if query.is_cuda:
-        # laid out in the order of the sum while they are small
-        vertical = vertical.clone(memory_format=torch.contiguous_format)
-        horizontal = horizontal.clone(memory_format=torch.contiguous_format)
-        logits = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)
+    return vertical.permute(1, 3, 0, 2, 4), horizontal.permute(1, 3, 2, 0, 4)
+
+
+def _spread(window: int, like: Tensor) -> Tensor:
+    """`[2 * window, window * window]`, zeros and ones: factors times this are the logits of every key.
+
+    On the CPU that product takes half the time of an addition with broadcasting, which there goes in runs of
+    one row of the window.
+    """
+    one = torch.eye(window, dtype=like.dtype, device=like.device)
+    return torch.cat([one.repeat_interleave(window, 1), one.repeat(1, window)])
+
+
+def _attend_in_chunks(
+    query: Tensor, key: Tensor, value: Tensor, factors: Tensor, spread: Tensor, fused: bool, scale: float
+) -> Tensor:
+    """See `_attend`: on the CPU, some windows at a time, whose logits stay in the cache."""
+    count, heads, length, _ = query.shape
+    keys = key.shape[2]
+    if not fused:
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+        out = attend(q, k, v, scale, factors.flatten(0, 1).flatten(1, 2), None, spread)
+        return out.view(count, heads, length, value.shape[3])
+    out = query.new_empty(count, length, heads, value.shape[3])  # as the fused kernel lays it out
+    parts = slices(count, heads * length * keys)
+    room = query.new_empty(parts[0].stop * heads * length, keys)
+    for some in parts:
+        rows = factors[some].flatten(0, 3)
+        bias = torch.mm(rows, spread, out=room[: len(rows)]).view(-1, heads, length, keys)
+        part = F.scaled_dot_product_attention(query[some], key[some], value[some], bias, scale=scale)
+        out[some] = part.transpose(1, 2)
+    return out.transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    fused: bool,
+    scale: float,
+) -> Tensor:
+    """Softmax attention on `[N, heads, L, head_dim]`, with the logits of `_relative_factors`."""
+    count, heads, length, _ = query.shape
+    keys = key.shape[2]
+    bias: Tensor | None = None
+    if factors is not None:
+        vertical, horizontal = factors
+        if query.is_cuda:
+            # laid out in the order of the sum while they are small
+            vertical = vertical.clone(memory_format=torch.contiguous_format)
+            horizontal = horizontal.clone(memory_format=torch.contiguous_format)
+            bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).view(count, heads, length, keys)
+        else:
+            both, spread = torch.cat([vertical, horizontal], -1), _spread(vertical.shape[4], vertical)
+            if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+                if serves(query, count * heads * length * keys):
+                    return _attend_in_chunks(query, key, value, both, spread, fused, scale)
+            bias = (both @ spread).view(count, heads, length, keys)
+    if fused:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
+    if bias is None:
+        logits = torch.bmm(query, key) * scale
     else:
-        # The same sums as a product with ones and zeros: it takes half the time of an addition with
-        # broadcasting, which the CPU does in runs of one row of the window.
-        one = torch.eye(window, dtype=query.dtype, device=query.device)
-        spread = torch.cat([one.repeat_interleave(window, 1), one.repeat(1, window)])
-        logits = torch.cat([vertical, horizontal], -1) @ spread
-    return logits.view(count, heads, side * side, window * window)
+        logits = torch.baddbmm(bias.view(count * heads, length, keys), query, key, alpha=scale)
+    bias = None  # the largest tensors: none lives longer than it is needed
+    logits = logits.softmax(-1)
+    return torch.bmm(logits, value).view(count, heads, length, value.shape[2])
 
 
 def tiled(
@@ -135,13 +192,13 @@ def tiled(
     query = _gather(query, queries, batch, pixels).view(batch * blocks, side, side, heads, head_dim)
 
     gradient = q.requires_grad or k.requires_grad or v.requires_grad
-    bias: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
     bias_gradient = False
     if rel_pos_height is not None and rel_pos_width is not None:
         height_rows = rel_pos_height.index_select(0, offsets).view(side, window, head_dim)
         width_rows = rel_pos_width.index_select(0, offsets).view(side, window, head_dim)
-        bias = _relative_logits(query, height_rows, width_rows)
-        bias_gradient = bias.requires_grad
+        factors = _relative_factors(query, height_rows, width_rows)
+        bias_gradient = factors[0].requires_grad
 
     # The fused kernel saves memory, except where the gradient of every logit is needed for the tables;
     # on the CPU it is also the slower one in training and in half precision.
@@ -151,20 +208,7 @@ def tiled(
         fused = not (torch.is_grad_enabled() and (gradient or bias_gradient))
         fused = fused and (q.dtype == torch.float32 or q.dtype == torch.float64)
     query = query.view(batch * blocks, side * side, heads, head_dim).transpose(1, 2)
-    if fused:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    else:
-        query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
-        if bias is None:
-            logits = torch.bmm(query, key) * scale
-        else:
-            bias = bias.view(batch * blocks * heads, side * side, window * window)
-            logits = torch.baddbmm(bias, query, key, alpha=scale)
-        # the largest tensors: none lives longer than it is needed
-        bias = None
-        logits = logits.softmax(-1)
-        out = torch.bmm(logits, value)
-        out = out.view(batch * blocks, heads, side * side, value_dim)
+    out = _attend(query, key, value, factors, fused, scale)
     out = out.transpose(1, 2)
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads both sides of an "and")
         if is_exporting():

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionsel.ops import chunks
 from visionsel.ops.neighborhood.by_kind import by_kind, serves
 from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_sizes
 from visionsel.ops.plans import keep_plans
@@ -78,9 +79,7 @@ def tiled(
     elif not (nh == kh and nw == kw and alike):
         table = torch.zeros(1, 2 * kh - 1, 2 * kw - 1, dtype=query.dtype, device=query.device)
         bias = kind_tables(table, relative_rows, relative_columns)
-    if bias is not None and kinds.shape[0] > 1:
-        bias = bias.index_select(1, kinds)
-    out = attend(query, key, value, bias, scale)
+    out = attend(query, key, value, bias, kinds, scale)
 
     if alike:
         out = out.view(batch, dh, dw, heads, rows, columns, th, tw, value_dim)
@@ -112,14 +111,24 @@ def gather_windows(
     return x if one_tile else x.index_select(1, windows)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention on `[B, heads, tiles, N, head_dim]`; bias `[heads or 1, tiles, queries, keys]`."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kinds: Tensor, scale: float
+) -> Tensor:
+    """Softmax attention on `[B, heads, tiles, N, head_dim]`.
+
+    Bias `[heads or 1, kinds of tiles, queries, keys]`, with the kind of each tile `[tiles]`.
+    """
     training = torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
         or (bias is not None and bias.requires_grad)
     )
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+        if training and chunks.serves(query, query.shape[:4].numel() * key.shape[3]):
+            return attend_in_chunks(query, key, value, bias, kinds, scale)
+    if bias is not None and kinds.shape[0] > 1:
+        bias = bias.index_select(1, kinds)
     # on CPU the fused kernel is slower than matrix products in backward and in bfloat16
     if query.device.type == "cpu" and (training or query.dtype not in (torch.float32, torch.float64)):
         logits = (query * scale) @ key.transpose(3, 4)
@@ -135,6 +144,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
         query.flatten(first, last), key.flatten(first, last), value.flatten(first, last), bias, scale=scale
     )
     return out.view(query.shape[0], query.shape[1], query.shape[2], query.shape[3], value.shape[4])
+
+
+def attend_in_chunks(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kinds: Tensor, scale: float
+) -> Tensor:
+    """See `attend`."""
+    samples, heads, tiles, length, _ = query.shape
+    index: Tensor | None = None
+    if bias is not None:
+        first = torch.arange(heads, device=kinds.device)[:, None] * bias.shape[1]
+        index = (kinds + (first if bias.shape[0] > 1 else 0 * first)).repeat(samples, 1).flatten()
+        bias = bias.flatten(0, 1)
+    q, k, v = (x.flatten(0, 2) for x in (query, key, value))
+    out = chunks.attend(q, k, v, scale, bias, index)
+    return out.view(samples, heads, tiles, length, value.shape[4])
 
 
 def build_plan(

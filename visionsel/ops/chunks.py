@@ -1,0 +1,170 @@
+"""Attention within many groups of tokens on the CPU, with gradients, in chunks that stay in the cache.
+
+Each step of the plain way (product, bias, softmax, product, and the same again backward) writes the logits of
+all groups into memory that the system hands out anew, and reads what has left the cache meanwhile, which
+takes longer than the arithmetic. Here some groups at a time go through all steps, and of their logits nothing
+is kept but the softmax.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionsel.ops.compilation import is_watched
+
+__all__ = ["attend", "differentiable", "logit_gradients", "plain", "serves", "slices"]
+
+_NUMBERS = 2**19  # logits of a chunk, for each thread: two megabytes in float32
+
+
+def serves(query: Tensor, numbers: int) -> bool:
+    """Whether this pays for so many logits in all and can be done: eager, on the CPU, in 32 or 64 bits."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and numbers > 2 * _NUMBERS * torch.get_num_threads()
+        and type(query) in (Tensor, nn.Parameter)
+        and query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and not is_watched()
+    )
+
+
+def slices(groups: int, numbers: int) -> list[slice]:
+    """Groups to take together, each with so many logits."""
+    step = max(1, _NUMBERS * torch.get_num_threads() // max(1, numbers))
+    return [slice(first, min(first + step, groups)) for first in range(0, groups, step)]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    spread: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of each group, with the logits `scale * query @ key.T + bias`.
+
+    Args:
+        query: `[groups, N, head_dim]`.
+        key: `[groups, M, head_dim]`.
+        value: `[groups, M, value_dim]`.
+        scale: factor on the products.
+        bias: what is added to the logits: a table `[rows, N, M]` with `index`, or factors `[groups, N, F]`
+            with `spread`.
+        index: `[groups]`, int64, the row of the table for each group.
+        spread: `[F, M]`, by which factors become a bias, `factors @ spread`; it gets no gradient.
+
+    Returns:
+        `[groups, N, value_dim]`. Gradients of every order flow to query, key, value and bias.
+    """
+    if bias is not None:
+        bias = bias.contiguous()
+    out: Tensor = _Attend.apply(
+        query.contiguous(), key.contiguous(), value.contiguous(), bias, index, spread, scale
+    )
+    return out
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    spread: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """What `attend` computes, in the plainest code."""
+    logits = scale * query @ key.transpose(1, 2)
+    if bias is not None and index is not None:
+        logits = logits + bias[index]
+    elif bias is not None and spread is not None:
+        logits = logits + bias @ spread
+    return logits.softmax(-1) @ value
+
+
+def logit_gradients(grad: Tensor, out: Tensor, value: Tensor, weight: Tensor, room: Tensor) -> Tensor:
+    """Gradients of the logits of some groups, in `room`, from that of `out = weight @ value`.
+
+    The softmax's backward: of each logit its weight, times the weight's gradient less the mean of its row.
+    """
+    logits = torch.bmm(grad, value.transpose(1, 2), out=room[: len(weight)])
+    return logits.sub_((grad * out).sum(-1, keepdim=True)).mul_(weight)
+
+
+def differentiable(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the `needed` inputs of a plain function, which have gradients themselves."""
+    aliases = [x if x is None else x.view_as(x) for x in inputs]  # one tensor may come twice
+    learnt = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
+    found = iter(torch.autograd.grad(function(*aliases), learnt, grad, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        spread: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        groups, length, _ = query.shape
+        attention = query.new_empty(groups, length, key.shape[1])
+        out = query.new_empty(groups, length, value.shape[2])
+        for some in slices(groups, length * key.shape[1]):
+            logits = attention[some]
+            if bias is not None and index is not None:
+                torch.index_select(bias, 0, index[some], out=logits)
+            elif bias is not None and spread is not None:
+                torch.mm(bias[some].flatten(0, 1), spread, out=logits.view(-1, spread.shape[1]))
+            keys, beta = key[some].transpose(1, 2), 0 if bias is None else 1
+            torch.baddbmm(logits, query[some], keys, beta=beta, alpha=scale, out=logits)
+            torch.softmax(logits, -1, out=logits)
+            torch.bmm(logits, value[some], out=out[some])
+        ctx.save_for_backward(query, key, value, bias, index, spread, attention, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, index, spread, attention, out = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            again = partial(plain, index=index, spread=spread, scale=ctx.scale)
+            return *differentiable(again, (query, key, value, bias), needed, grad), None, None, None
+        grad = grad.contiguous()
+        grad_query, grad_key, grad_value, grad_bias = (
+            torch.empty_like(x) if need else None
+            for x, need in zip((query, key, value, bias), needed, strict=True)
+        )
+        if grad_bias is not None and index is not None:
+            grad_bias.zero_()
+        groups, length, keys = attention.shape
+        parts = slices(groups, length * keys)
+        room = torch.empty_like(attention[parts[0]]) if parts else attention
+        for some in parts:
+            weight, g, q, k = attention[some], grad[some], query[some], key[some]
+            if grad_value is not None:
+                torch.bmm(weight.transpose(1, 2), g, out=grad_value[some])
+            logits = logit_gradients(g, out[some], value[some], weight, room)
+            if grad_query is not None:
+                torch.baddbmm(q, logits, k, beta=0, alpha=ctx.scale, out=grad_query[some])
+            if grad_key is not None:
+                torch.baddbmm(k, logits.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=grad_key[some])
+            if grad_bias is not None and index is not None:
+                grad_bias.index_add_(0, index[some], logits)
+            elif grad_bias is not None and spread is not None:
+                torch.mm(logits.flatten(0, 1), spread.T, out=grad_bias[some].view(-1, len(spread)))
+        return grad_query, grad_key, grad_value, grad_bias, None, None, None
