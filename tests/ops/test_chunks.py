@@ -126,7 +126,8 @@ def bilevel(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, backend: str)
 CASES: dict[str, tuple[Attention, tuple[int, ...] | None, tuple[str, str | None]]] = {
     "neighborhood": (neighborhood, (2, 5, 9), ("neighborhood.tiled.attend_in_chunks", None)),
     "neighborhood without bias": (neighborhood, None, ("neighborhood.tiled.attend_in_chunks", None)),
-    "halo": (halo, (2, 11, 4), ("halo.tiled._attend_in_chunks", "halo.tiled._attend_in_chunks")),
+    "halo": (halo, (2, 11, 4), ("halo.chunked.attend", "halo.chunked.attend")),
+    "halo without tables": (halo, None, ("halo.chunked.attend", "halo.chunked.attend")),
     "bilevel routing": (bilevel, None, ("bilevel_routing.chunked.attend", "bilevel_routing.chunked.attend")),
 }
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionsel.ops.chunks import attend, serves, slices
+from visionsel.ops.chunks import serves
 from visionsel.ops.compilation import is_exporting
+from visionsel.ops.halo import chunked
 from visionsel.ops.plans import keep_plans, remainder
 
 
@@ -59,20 +60,15 @@ def _merge(x: Tensor) -> Tensor:
     return x.view(count * heads, length * channels).view(count * heads, length, channels)
 
 
-def _gather(x: Tensor, index: Tensor, batch: int, length: int) -> Tensor:
-    """Rows `index` of each of the `batch` samples, `[batch * length, C]` -> `[batch * len(index), C]`."""
-    # whole pixels are copied; the backward is one index_add
-    index = torch.arange(batch, device=x.device)[:, None] * length + index
-    return x.index_select(0, index.flatten())
+def _in_batch(index: Tensor, batch: int, length: int) -> Tensor:
+    """Rows `[N]` of a sample -> those of each of the `batch` samples of so many, `[batch * N]`."""
+    return (torch.arange(batch, device=index.device)[:, None] * length + index).flatten()
 
 
-def _windows(x: Tensor, keys: Tensor, halo_size: int, blocks: int, window: int) -> Tensor:
-    """Map `[B, H, W, heads, head_dim]` -> windows `[N, heads, window * window, head_dim]`, zero outside."""
-    x = F.pad(x, (0, 0, 0, 0, halo_size, halo_size, halo_size, halo_size))
+def _pixels(x: Tensor) -> Tensor:
+    """`[B, H, W, heads, head_dim]` -> `[B * H * W, heads * head_dim]`, of which whole rows are gathered."""
     batch, height, width, heads, head_dim = x.shape
-    x = x.flatten().view(batch * height * width, heads * head_dim)
-    x = _gather(x, keys, batch, height * width)
-    return x.view(batch * blocks, window * window, heads, head_dim).transpose(1, 2)
+    return x.contiguous().flatten().view(batch * height * width, heads * head_dim)
 
 
 def _relative_factors(query: Tensor, height_rows: Tensor, width_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,27 +100,6 @@ def _spread(window: int, like: Tensor) -> Tensor:
     return torch.cat([one.repeat_interleave(window, 1), one.repeat(1, window)])
 
 
-def _attend_in_chunks(
-    query: Tensor, key: Tensor, value: Tensor, factors: Tensor, spread: Tensor, fused: bool, scale: float
-) -> Tensor:
-    """See `_attend`: on the CPU, some windows at a time, whose logits stay in the cache."""
-    count, heads, length, _ = query.shape
-    keys = key.shape[2]
-    if not fused:
-        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
-        out = attend(q, k, v, scale, factors.flatten(0, 1).flatten(1, 2), None, spread)
-        return out.view(count, heads, length, value.shape[3])
-    out = query.new_empty(count, length, heads, value.shape[3])  # as the fused kernel lays it out
-    parts = slices(count, heads * length * keys)
-    room = query.new_empty(parts[0].stop * heads * length, keys)
-    for some in parts:
-        rows = factors[some].flatten(0, 3)
-        bias = torch.mm(rows, spread, out=room[: len(rows)]).view(-1, heads, length, keys)
-        part = F.scaled_dot_product_attention(query[some], key[some], value[some], bias, scale=scale)
-        out[some] = part.transpose(1, 2)
-    return out.transpose(1, 2)
-
-
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -145,11 +120,8 @@ def _attend(
             horizontal = horizontal.clone(memory_format=torch.contiguous_format)
             bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).view(count, heads, length, keys)
         else:
-            both, spread = torch.cat([vertical, horizontal], -1), _spread(vertical.shape[4], vertical)
-            if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
-                if serves(query, count * heads * length * keys):
-                    return _attend_in_chunks(query, key, value, both, spread, fused, scale)
-            bias = (both @ spread).view(count, heads, length, keys)
+            both = torch.cat([vertical, horizontal], -1)
+            bias = (both @ _spread(vertical.shape[4], vertical)).view(count, heads, length, keys)
     if fused:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
@@ -185,11 +157,13 @@ def tiled(
     else:
         queries, keys, offsets, places = _kept_index(height, width, block_size, halo_size, stride, k.device)
 
-    key = _windows(k, keys, halo_size, blocks, window)
-    value = _windows(v, keys, halo_size, blocks, window)
-    pixels = blocks * side * side
-    query = q.contiguous().flatten().view(batch * pixels, heads * head_dim)
-    query = _gather(query, queries, batch, pixels).view(batch * blocks, side, side, heads, head_dim)
+    edge = [0, 0, 0, 0, halo_size, halo_size, halo_size, halo_size]  # zeros around the map
+    key, value = _pixels(F.pad(k, edge)), _pixels(F.pad(v, edge))
+    keys = _in_batch(keys, batch, (height + 2 * halo_size) * (width + 2 * halo_size))
+    count, length = batch * blocks, side * side
+    query = _pixels(q).index_select(0, _in_batch(queries, batch, blocks * length))
+    query = query.view(count, side, side, heads, head_dim)
+    places = _in_batch(places, batch, blocks * length)
 
     gradient = q.requires_grad or k.requires_grad or v.requires_grad
     factors: tuple[Tensor, Tensor] | None = None
@@ -199,6 +173,17 @@ def tiled(
         width_rows = rel_pos_width.index_select(0, offsets).view(side, window, head_dim)
         factors = _relative_factors(query, height_rows, width_rows)
         bias_gradient = factors[0].requires_grad
+    query = query.view(count, length, heads, head_dim)
+
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+        if serves(q, count * heads * length * window * window):
+            both, spread = None, None
+            if factors is not None:
+                both = torch.cat(factors, -1).flatten(2, 3)
+                spread = _spread(window, both)
+            out = chunked.attend(query, key, value, keys.view(count, -1), both, spread, scale)
+            out = out.reshape(count * length, heads * value_dim).index_select(0, places)
+            return out.view(batch, rows * side, columns * side, heads, value_dim)
 
     # The fused kernel saves memory, except where the gradient of every logit is needed for the tables;
     # on the CPU it is also the slower one in training and in half precision.
@@ -207,13 +192,13 @@ def tiled(
     else:
         fused = not (torch.is_grad_enabled() and (gradient or bias_gradient))
         fused = fused and (q.dtype == torch.float32 or q.dtype == torch.float64)
-    query = query.view(batch * blocks, side * side, heads, head_dim).transpose(1, 2)
-    out = _attend(query, key, value, factors, fused, scale)
-    out = out.transpose(1, 2)
+    key = key.index_select(0, keys).view(count, window * window, heads, head_dim).transpose(1, 2)
+    value = value.index_select(0, keys).view(count, window * window, heads, value_dim).transpose(1, 2)
+    out = _attend(query.transpose(1, 2), key, value, factors, fused, scale).transpose(1, 2)
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads both sides of an "and")
         if is_exporting():
             # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX
             out = out.clone(memory_format=torch.contiguous_format)
-    out = out.contiguous().flatten().view(batch * pixels, heads * value_dim)
-    out = _gather(out, places, batch, pixels).flatten().view(batch, pixels * heads * value_dim)
+    out = out.contiguous().flatten().view(count * length, heads * value_dim).index_select(0, places)
+    out = out.flatten().view(batch, blocks * length * heads * value_dim)
     return out.view(batch, rows * side, columns * side, heads, value_dim)
