@@ -156,9 +156,9 @@ class _Attend(torch.autograd.Function):
         room = torch.empty_like(attention[parts[0]]) if parts else attention
         for some in parts:
             weight, g, q, k = attention[some], grad[some], query[some], key[some]
-            if grad_value is not None:
-                torch.bmm(weight.transpose(1, 2), g, out=grad_value[some])
             logits = logit_gradients(g, out[some], value[some], weight, room)
+            if grad_value is not None:  # now that the weights are in the cache
+                torch.bmm(weight.transpose(1, 2), g, out=grad_value[some])
             if grad_query is not None:
                 torch.baddbmm(q, logits, k, beta=0, alpha=ctx.scale, out=grad_query[some])
             if grad_key is not None:

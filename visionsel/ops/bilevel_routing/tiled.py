@@ -7,6 +7,8 @@ already in the layout that batched matrix products want.
 Where windows are small and many of them are routed, as in the third stage of BiFormer, nothing is gathered:
 attention to all keys under a mask is some times more arithmetic, but in large products.
 
+On the CPU many windows are taken some at a time (`visionsel.ops.bilevel_routing.chunked`).
+
 Everything here is in the TorchScript subset, since scripted layers call it.
 """
 

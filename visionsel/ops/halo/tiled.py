@@ -1,9 +1,9 @@
 """Halo attention in plain PyTorch for any device: windows and relative rows are gathered by index.
 
 Written in the subset that TorchScript compiles, so that scripted layers call `tiled` directly. Axes are
-merged by
-way of one flat row, and blocks are cut and joined by index: then torch.export asks nothing of the sizes, and
-a program exported on many blocks serves one.
+merged by way of one flat row, and blocks are cut and joined by index: then torch.export asks nothing of the
+sizes, and a program exported on many blocks serves one. On the CPU many blocks are taken some at a time
+(`visionsel.ops.halo.chunked`).
 """
 
 import torch
@@ -100,38 +100,17 @@ def _spread(window: int, like: Tensor) -> Tensor:
     return torch.cat([one.repeat_interleave(window, 1), one.repeat(1, window)])
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    factors: tuple[Tensor, Tensor] | None,
-    fused: bool,
-    scale: float,
-) -> Tensor:
-    """Softmax attention on `[N, heads, L, head_dim]`, with the logits of `_relative_factors`."""
-    count, heads, length, _ = query.shape
-    keys = key.shape[2]
-    bias: Tensor | None = None
-    if factors is not None:
-        vertical, horizontal = factors
-        if query.is_cuda:
-            # laid out in the order of the sum while they are small
-            vertical = vertical.clone(memory_format=torch.contiguous_format)
-            horizontal = horizontal.clone(memory_format=torch.contiguous_format)
-            bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).view(count, heads, length, keys)
-        else:
-            both = torch.cat([vertical, horizontal], -1)
-            bias = (both @ _spread(vertical.shape[4], vertical)).view(count, heads, length, keys)
-    if fused:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
-    if bias is None:
-        logits = torch.bmm(query, key) * scale
+def _relative_logits(vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """The factors' sums for every key, `[N, heads, side * side, window * window]`."""
+    count, heads, side, _, window = vertical.shape
+    if vertical.is_cuda:
+        # laid out in the order of the sum while they are small
+        vertical = vertical.clone(memory_format=torch.contiguous_format)
+        horizontal = horizontal.clone(memory_format=torch.contiguous_format)
+        logits = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)
     else:
-        logits = torch.baddbmm(bias.view(count * heads, length, keys), query, key, alpha=scale)
-    bias = None  # the largest tensors: none lives longer than it is needed
-    logits = logits.softmax(-1)
-    return torch.bmm(logits, value).view(count, heads, length, value.shape[2])
+        logits = torch.cat([vertical, horizontal], -1) @ _spread(window, vertical)
+    return logits.view(count, heads, side * side, window * window)
 
 
 def tiled(
@@ -185,6 +164,10 @@ def tiled(
             out = out.reshape(count * length, heads * value_dim).index_select(0, places)
             return out.view(batch, rows * side, columns * side, heads, value_dim)
 
+    bias: Tensor | None = None
+    if factors is not None:
+        bias = _relative_logits(factors[0], factors[1])
+        factors = None
     # The fused kernel saves memory, except where the gradient of every logit is needed for the tables;
     # on the CPU it is also the slower one in training and in half precision.
     if q.is_cuda:
@@ -192,9 +175,22 @@ def tiled(
     else:
         fused = not (torch.is_grad_enabled() and (gradient or bias_gradient))
         fused = fused and (q.dtype == torch.float32 or q.dtype == torch.float64)
+    query = query.transpose(1, 2)
     key = key.index_select(0, keys).view(count, window * window, heads, head_dim).transpose(1, 2)
     value = value.index_select(0, keys).view(count, window * window, heads, value_dim).transpose(1, 2)
-    out = _attend(query.transpose(1, 2), key, value, factors, fused, scale).transpose(1, 2)
+    # from here on no large tensor lives longer than it is needed
+    if fused:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    else:
+        query, key, value = _merge(query), _merge(key).transpose(1, 2), _merge(value)
+        if bias is None:
+            logits = torch.bmm(query, key) * scale
+        else:
+            logits = torch.baddbmm(bias.flatten(0, 1), query, key, alpha=scale)
+        bias = None
+        logits = logits.softmax(-1)
+        out = torch.bmm(logits, value).view(count, heads, length, value_dim)
+    out = out.transpose(1, 2)
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript reads both sides of an "and")
         if is_exporting():
             # the layout of the fused kernel, which spares a copy, is not that of its translation to ONNX

@@ -8,7 +8,8 @@ the logit -inf. A side of at most 14 is not cut; a grid as large as the kernel i
 The tables of logits come from those of single axes: `relative[query, key]` is the row of the bias table, or
 the one behind its end, which holds -inf, for keys that are not neighbors. Most tiles of a map are of one
 kind, and their tables are computed once (`visionsel.ops.neighborhood.tables`). Where nothing is learnt on the
-CPU, the tiles of a kind share theirs (`visionsel.ops.neighborhood.by_kind`).
+CPU, the tiles of a kind share theirs (`visionsel.ops.neighborhood.by_kind`); in training many tiles are taken
+some at a time (`visionsel.ops.chunks`).
 
 Everything here is in the TorchScript subset, since scripted layers call it.
 """
