@@ -61,13 +61,15 @@ bench: $(READY)  ## paired timings, growth and memory, and which goals are reach
 
 bench-full: $(READY)  ## all of it, and the pages of docs/benchmarks (leave the machine idle)
 	$(BIN)/python -m benchmarks.ops --threads 1 --backends auto compiled
+	$(BIN)/python -m benchmarks.ops --threads 1 --rounds 5 --batch 8 --operators neighborhood halo \
+		--out runs/bench/batches.json
 	$(BIN)/python -m benchmarks.attention --threads 1
 	$(BIN)/python -m benchmarks.models --threads 1 --compile
 	$(BIN)/python -m benchmarks.growth --threads 1
 	$(BIN)/python -m benchmarks.memory --threads 1
 	$(BIN)/python -m benchmarks.pruning --threads 1
 	$(BIN)/python -m benchmarks.grounding --threads 1
-	$(BIN)/python -m benchmarks.tables $(foreach p,ops attention models growth memory pruning grounding,runs/bench/$(p).json)
+	$(BIN)/python -m benchmarks.tables $(foreach p,ops batches attention models growth memory pruning grounding,runs/bench/$(p).json)
 	$(BIN)/python -m benchmarks.speeds runs/bench/ops.json runs/bench/models.json --write
 	$(BIN)/python -m benchmarks.profiles --write
 

@@ -51,11 +51,13 @@ def page(found: Mapping[str, Any], name: str | None = None) -> str:
         name: of the file of results without its ending, for the command that makes the page again; or None.
     """
     program = found["program"]
-    parts = [f"# {TITLES[program]}", ABOUT[program], _setting(found)]
+    batch = found.get("options", {}).get("batch", 1)
+    title = TITLES[program] + (f", {batch} images at a time" if batch > 1 else "")
+    parts = [f"# {title}", ABOUT[program], _setting(found)]
     if name is not None:
         parts.insert(1, f"<!-- python -m benchmarks.tables runs/bench/{name}.json -->")
-    for title, header, rows in import_module(f"benchmarks.{program}").tables(found):
-        parts += [title] if title else []
+    for heading, header, rows in import_module(f"benchmarks.{program}").tables(found):
+        parts += [heading] if heading else []
         parts.append(table(header, rows, markdown=True))
     return "\n\n".join(parts) + "\n"
 

@@ -193,6 +193,8 @@ def test_a_page_shows_the_numbers_of_its_file(measured: dict[str, Any], tmp_path
             f"{share['least_milliseconds']:.3f}",
             f"{100 * share['share']:.1f} %",
         ]
+    assert text.startswith("# Operators\n")
+    assert tables.page(measured | {"options": {"batch": 8}}).startswith("# Operators, 8 images at a time\n")
     machine = measured["machine"]
     assert f"Measured on {machine['date']}." in text
     assert f"torch {machine['versions']['torch']}" in text
