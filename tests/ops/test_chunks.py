@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def biased(kind: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
     """Tensors that learn, the attention of them in chunks, and the same in plain code."""
     tensors = [normal(GROUPS, QUERIES, 4), normal(GROUPS, KEYS, 4, seed=1), normal(GROUPS, KEYS, 2, seed=2)]
-    index, spread = None, None
+    index, spread, rows = None, None, None
     if kind == "table":
         tensors.append(normal(3, QUERIES, KEYS, seed=3))
         tensors[-1][1, :, 2:] = -torch.inf
@@ -40,6 +40,10 @@ def biased(kind: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[...
     elif kind == "factors":
         tensors.append(normal(GROUPS, QUERIES, 2, seed=3))
         spread = normal(2, KEYS, seed=4)
+    elif kind == "rows":
+        tensors[1:] = [normal(11, 4, seed=1), normal(11, 2, seed=2), normal(3, QUERIES, KEYS, seed=3)]
+        index = torch.tensor([0, 1, 1, 2, 0, 1, 0])
+        rows = torch.randint(11, (GROUPS, KEYS), generator=torch.Generator().manual_seed(0))
     elif kind == "routed":
         index = torch.tensor([[0, 3], [1, 1], [6, 2], [5, 4], [4, 0], [2, 6], [3, 5]])
         tensors = [normal(GROUPS, QUERIES, 4), normal(GROUPS, 5 * 4, seed=1), normal(GROUPS, 5 * 2, seed=2)]
@@ -50,15 +54,15 @@ def biased(kind: str) -> tuple[list[Tensor], Callable[..., Tensor], Callable[...
         )
 
     def fast(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        return chunks.attend(query, key, value, 0.3, bias, index, spread)
+        return chunks.attend(query, key, value, 0.3, bias, index, spread, rows)
 
     def slow(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        return chunks.plain(query, key, value, bias, index, spread, 0.3)
+        return chunks.plain(query, key, value, bias, index, spread, rows, 0.3)
 
     return tensors, fast, slow
 
 
-KINDS = ["none", "table", "factors", "routed"]
+KINDS = ["none", "table", "factors", "rows", "routed"]
 
 
 @pytest.mark.usefixtures("few")

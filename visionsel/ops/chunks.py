@@ -47,18 +47,20 @@ def attend(
     bias: Tensor | None = None,
     index: Tensor | None = None,
     spread: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each group, with the logits `scale * query @ key.T + bias`.
 
     Args:
         query: `[groups, N, head_dim]`.
-        key: `[groups, M, head_dim]`.
-        value: `[groups, M, value_dim]`.
+        key: `[groups, M, head_dim]`, or with `rows` `[tokens, head_dim]`.
+        value: `[groups, M, value_dim]`, or with `rows` `[tokens, value_dim]`.
         scale: factor on the products.
         bias: what is added to the logits: a table `[rows, N, M]` with `index`, or factors `[groups, N, F]`
             with `spread`.
         index: `[groups]`, int64, the row of the table for each group.
         spread: `[F, M]`, by which factors become a bias, `factors @ spread`; it gets no gradient.
+        rows: `[groups, M]`, int64, the tokens that each group attends to; they are gathered chunk by chunk.
 
     Returns:
         `[groups, N, value_dim]`. Gradients of every order flow to query, key, value and bias.
@@ -66,7 +68,7 @@ def attend(
     if bias is not None:
         bias = bias.contiguous()
     out: Tensor = _Attend.apply(
-        query.contiguous(), key.contiguous(), value.contiguous(), bias, index, spread, scale
+        query.contiguous(), key.contiguous(), value.contiguous(), bias, index, spread, rows, scale
     )
     return out
 
@@ -78,9 +80,12 @@ def plain(
     bias: Tensor | None,
     index: Tensor | None,
     spread: Tensor | None,
+    rows: Tensor | None,
     scale: float,
 ) -> Tensor:
     """What `attend` computes, in the plainest code."""
+    if rows is not None:
+        key, value = key[rows], value[rows]
     logits = scale * query @ key.transpose(1, 2)
     if bias is not None and index is not None:
         logits = logits + bias[index]
@@ -118,32 +123,34 @@ class _Attend(torch.autograd.Function):
         bias: Tensor | None,
         index: Tensor | None,
         spread: Tensor | None,
+        rows: Tensor | None,
         scale: float,
     ) -> Tensor:
         groups, length, _ = query.shape
-        attention = query.new_empty(groups, length, key.shape[1])
-        out = query.new_empty(groups, length, value.shape[2])
-        for some in slices(groups, length * key.shape[1]):
+        attention = query.new_empty(groups, length, (key if rows is None else rows).shape[1])
+        out = query.new_empty(groups, length, value.shape[-1])
+        for some in slices(groups, attention[:1].numel()):
             logits = attention[some]
             if bias is not None and index is not None:
                 torch.index_select(bias, 0, index[some], out=logits)
             elif bias is not None and spread is not None:
                 torch.mm(bias[some].flatten(0, 1), spread, out=logits.view(-1, spread.shape[1]))
-            keys, beta = key[some].transpose(1, 2), 0 if bias is None else 1
-            torch.baddbmm(logits, query[some], keys, beta=beta, alpha=scale, out=logits)
+            k, v = (_some(x, rows, some) for x in (key, value))
+            beta = 0 if bias is None else 1
+            torch.baddbmm(logits, query[some], k.transpose(1, 2), beta=beta, alpha=scale, out=logits)
             torch.softmax(logits, -1, out=logits)
-            torch.bmm(logits, value[some], out=out[some])
-        ctx.save_for_backward(query, key, value, bias, index, spread, attention, out)
+            torch.bmm(logits, v, out=out[some])
+        ctx.save_for_backward(query, key, value, bias, index, spread, rows, attention, out)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, index, spread, attention, out = ctx.saved_tensors
+        query, key, value, bias, index, spread, rows, attention, out = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
-            again = partial(plain, index=index, spread=spread, scale=ctx.scale)
-            return *differentiable(again, (query, key, value, bias), needed, grad), None, None, None
+            again = partial(plain, index=index, spread=spread, rows=rows, scale=ctx.scale)
+            return *differentiable(again, (query, key, value, bias), needed, grad), None, None, None, None
         grad = grad.contiguous()
         grad_query, grad_key, grad_value, grad_bias = (
             torch.empty_like(x) if need else None
@@ -151,20 +158,40 @@ class _Attend(torch.autograd.Function):
         )
         if grad_bias is not None and index is not None:
             grad_bias.zero_()
-        groups, length, keys = attention.shape
-        parts = slices(groups, length * keys)
+        if rows is not None:
+            for added in (grad_key, grad_value):
+                if added is not None:
+                    added.zero_()
+        parts = slices(len(attention), attention[:1].numel())
         room = torch.empty_like(attention[parts[0]]) if parts else attention
         for some in parts:
-            weight, g, q, k = attention[some], grad[some], query[some], key[some]
-            logits = logit_gradients(g, out[some], value[some], weight, room)
+            weight, g, q = attention[some], grad[some], query[some]
+            k, v = (_some(x, rows, some) for x in (key, value))
+            logits = logit_gradients(g, out[some], v, weight, room)
             if grad_value is not None:  # now that the weights are in the cache
-                torch.bmm(weight.transpose(1, 2), g, out=grad_value[some])
+                _put(grad_value, rows, some, weight.transpose(1, 2), g, 1.0)
             if grad_query is not None:
                 torch.baddbmm(q, logits, k, beta=0, alpha=ctx.scale, out=grad_query[some])
             if grad_key is not None:
-                torch.baddbmm(k, logits.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=grad_key[some])
+                _put(grad_key, rows, some, logits.transpose(1, 2), q, ctx.scale)
             if grad_bias is not None and index is not None:
                 grad_bias.index_add_(0, index[some], logits)
             elif grad_bias is not None and spread is not None:
                 torch.mm(logits.flatten(0, 1), spread.T, out=grad_bias[some].view(-1, len(spread)))
-        return grad_query, grad_key, grad_value, grad_bias, None, None, None
+        return grad_query, grad_key, grad_value, grad_bias, None, None, None, None
+
+
+def _some(x: Tensor, rows: Tensor | None, some: slice) -> Tensor:
+    """Keys or values of some groups, `[some, M, dim]`."""
+    if rows is None:
+        return x[some]
+    return x.index_select(0, rows[some].flatten()).view(-1, rows.shape[1], x.shape[1])
+
+
+def _put(grad: Tensor, rows: Tensor | None, some: slice, left: Tensor, right: Tensor, scale: float) -> None:
+    """Write `scale * left @ right`, or add it to what is gathered, into the gradient of keys or values."""
+    if rows is None:
+        torch.baddbmm(grad[some], left, right, beta=0, alpha=scale, out=grad[some])
+    else:
+        product = torch.baddbmm(grad.new_empty(()), left, right, beta=0, alpha=scale)
+        grad.index_add_(0, rows[some].flatten(), product.flatten(0, 1))

@@ -67,12 +67,13 @@ def tiled(
         windows, relative_rows, relative_columns, kinds = kept_plan(
             height, width, kernel_size, dilation, (gh, gw), query.device
         )
-    one_tile = rows == 1 and columns == 1  # it sees the whole grid
-    key = gather_windows(key, windows, dilation, (nh, nw), alike, one_tile)
-    keys = key.shape[1] // (rows * columns)
-    key = key.view(samples, heads, tiles, keys, head_dim)
-    value = gather_windows(value, windows, dilation, (nh, nw), alike, one_tile)
-    value = value.view(samples, heads, tiles, keys, value_dim)
+    key = grid_rows(key, dilation, (nh, nw), alike)
+    value = grid_rows(value, dilation, (nh, nw), alike)
+    index: Tensor | None = None
+    if rows > 1 or columns > 1:
+        # rows of one long list: on the CPU the backward is some times as fast as along a second axis
+        first = torch.arange(samples * heads * gh * gw, device=windows.device)[:, None] * (nh * nw)
+        index = (first + windows).flatten()
 
     bias: Tensor | None = None
     if rel_pos_bias is not None:
@@ -80,7 +81,8 @@ def tiled(
     elif not (nh == kh and nw == kw and alike):
         table = torch.zeros(1, 2 * kh - 1, 2 * kw - 1, dtype=query.dtype, device=query.device)
         bias = kind_tables(table, relative_rows, relative_columns)
-    out = attend(query, key, value, bias, kinds, scale)
+    keys = windows.shape[0] // (rows * columns)
+    out = attend(query, key, value, keys, index, bias, kinds, scale)
 
     if alike:
         out = out.view(batch, dh, dw, heads, rows, columns, th, tw, value_dim)
@@ -99,31 +101,43 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, [0, 0, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1]])
 
 
-def gather_windows(
-    x: Tensor, windows: Tensor, dilation: tuple[int, int], size: tuple[int, int], alike: bool, one_tile: bool
-) -> Tensor:
-    """Tokens of every grid's windows: `[B, H, W, heads, head_dim]` -> `[B * heads * grids, N, head_dim]`."""
+def grid_rows(x: Tensor, dilation: tuple[int, int], size: tuple[int, int], alike: bool) -> Tensor:
+    """Tokens grid by grid: `[B, H, W, heads, head_dim]` -> `[B * heads * grids * tokens, head_dim]`."""
     batch, _, _, heads, head_dim = x.shape
     dh, dw = dilation
     nh, nw = size
     x = pad_to(x, nh * dh, nw * dw).reshape(batch, nh, dh, nw, dw, heads, head_dim)
     x = x.permute(0, 2, 4, 5, 1, 3, 6) if alike else x.permute(0, 5, 2, 4, 1, 3, 6)
-    x = x.reshape(batch * heads * dh * dw, nh * nw, head_dim)
-    if one_tile:
-        return x
-    # rows of one long list: on the CPU the backward is some times as fast as along a second axis
-    first = torch.arange(x.shape[0], device=x.device)[:, None] * (nh * nw)
-    rows = (first + windows).flatten()
-    return x.reshape(-1, head_dim).index_select(0, rows).view(x.shape[0], windows.shape[0], head_dim)
+    return x.reshape(batch * heads * dh * dw * nh * nw, head_dim)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kinds: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: int,
+    index: Tensor | None,
+    bias: Tensor | None,
+    kinds: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Softmax attention on `[B, heads, tiles, N, head_dim]`.
+    """Softmax attention of tiles of queries to their windows.
 
-    Bias `[heads or 1, kinds of tiles, queries, keys]`, with the kind of each tile `[tiles]`.
+    Args:
+        query: `[B, heads, tiles, N, head_dim]`.
+        key: `[tokens, head_dim]`.
+        value: `[tokens, value_dim]`.
+        keys: of the window of each tile.
+        index: `[B * heads * tiles * keys]`, the tokens of each tile's window; None for all tokens in order.
+        bias: `[heads or 1, kinds of tiles, queries, keys]`, or None.
+        kinds: of each tile `[tiles]`.
+        scale: factor on the products.
+
+    Returns:
+        `[B, heads, tiles, N, value_dim]`.
     """
+    samples, heads, tiles, length, head_dim = query.shape
+    value_dim = value.shape[1]
     training = torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -131,8 +145,12 @@ def attend(
         or (bias is not None and bias.requires_grad)
     )
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
-        if training and chunks.serves(query, query.shape[:4].numel() * key.shape[3]):
-            return attend_in_chunks(query, key, value, bias, kinds, scale)
+        if training and chunks.serves(query, query.shape[:4].numel() * keys):
+            return attend_in_chunks(query, key, value, index, bias, kinds, scale)
+    if index is not None:
+        key, value = key.index_select(0, index), value.index_select(0, index)
+    key = key.view(samples, heads, tiles, keys, head_dim)
+    value = value.view(samples, heads, tiles, keys, value_dim)
     if bias is not None and kinds.shape[0] > 1:
         bias = bias.index_select(1, kinds)
     # on CPU the fused kernel is slower than matrix products in backward and in bfloat16
@@ -149,22 +167,32 @@ def attend(
     out = F.scaled_dot_product_attention(
         query.flatten(first, last), key.flatten(first, last), value.flatten(first, last), bias, scale=scale
     )
-    return out.view(query.shape[0], query.shape[1], query.shape[2], query.shape[3], value.shape[4])
+    return out.view(samples, heads, tiles, length, value_dim)
 
 
 def attend_in_chunks(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kinds: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    kinds: Tensor,
+    scale: float,
 ) -> Tensor:
     """See `attend`."""
     samples, heads, tiles, length, _ = query.shape
-    index: Tensor | None = None
+    kind: Tensor | None = None
     if bias is not None:
         first = torch.arange(heads, device=kinds.device)[:, None] * bias.shape[1]
-        index = (kinds + (first if bias.shape[0] > 1 else 0 * first)).repeat(samples, 1).flatten()
+        kind = (kinds + (first if bias.shape[0] > 1 else 0 * first)).repeat(samples, 1).flatten()
         bias = bias.flatten(0, 1)
-    q, k, v = (x.flatten(0, 2) for x in (query, key, value))
-    out = chunks.attend(q, k, v, scale, bias, index)
-    return out.view(samples, heads, tiles, length, value.shape[4])
+    q = query.flatten(0, 2)
+    if index is None:
+        key, value = (x.view(len(q), -1, x.shape[1]) for x in (key, value))
+    else:
+        index = index.view(len(q), -1)
+    out = chunks.attend(q, key, value, scale, bias, kind, rows=index)
+    return out.view(samples, heads, tiles, length, value.shape[-1])
 
 
 def build_plan(
