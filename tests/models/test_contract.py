@@ -11,6 +11,8 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import visionsel
 from tests.test_structure import EXPECTED_NAMES
@@ -186,6 +188,36 @@ def test_compiled_without_graph_breaks_it_gives_the_same_and_serves_every_size(f
             torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
         counts.append(len(graphs))
     assert counts[0] == counts[-1]
+
+
+class FromTheHost(TorchDispatchMode):
+    """Names of the operators that take or give numbers of the CPU, or ask the device for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        asks = "local_scalar" in str(function) or "nonzero" in str(function)
+        if asks or any(x.device.type == "cpu" and x.numel() for x in tensors):
+            self.names.append(str(function))
+        return out
+
+
+def test_after_the_first_call_nothing_is_copied_from_the_host(family: str) -> None:
+    """As a CUDA graph needs it; tensors without numbers stand for those of a GPU."""
+    model = build(family).eval().to("meta")
+    image = torch.randn(2, 3, 96, 128, device="meta")
+    with torch.no_grad():
+        model(image)  # builds index tables, which are kept
+        with FromTheHost() as seen:
+            model(image)
+        assert seen.names == []
+        with FromTheHost() as seen:
+            model(torch.zeros(2, 3, 96, 128).to("meta"))
+        assert seen.names == ["aten.zeros.default", "aten._to_copy.default"]
 
 
 @pytest.mark.gpu

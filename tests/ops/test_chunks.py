@@ -109,6 +109,12 @@ def test_one_tensor_may_be_query_key_and_value() -> None:
     assert torch.autograd.gradgradcheck(routed, x)
 
 
+def test_a_bias_is_a_table_or_factors() -> None:
+    x, bias = normal(GROUPS, QUERIES, 2), normal(GROUPS, QUERIES, QUERIES)
+    with pytest.raises(ValueError, match="pass one of the two"):
+        chunks.attend(x, x, x, 0.3, bias)
+
+
 Attention = Callable[..., Tensor]
 
 

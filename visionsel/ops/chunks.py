@@ -64,8 +64,13 @@ def attend(
 
     Returns:
         `[groups, N, value_dim]`. Gradients of every order flow to query, key, value and bias.
+
+    Raises:
+        ValueError: for a bias without `index` or `spread`, or with both.
     """
     if bias is not None:
+        if (index is None) == (spread is None):
+            raise ValueError("a bias is a table, with index, or factors, with spread: pass one of the two")
         bias = bias.contiguous()
     out: Tensor = _Attend.apply(
         query.contiguous(), key.contiguous(), value.contiguous(), bias, index, spread, rows, scale
