@@ -93,6 +93,7 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
     shared = {
         ("ops", "checks"),
         ("ops", "choice"),
+        ("ops", "chunks"),
         ("ops", "compilation"),
         ("ops", "flexible"),
         ("ops", "gpu"),

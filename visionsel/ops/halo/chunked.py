@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionsel.ops import chunks
+import visionsel.ops.chunks as chunks
 from visionsel.ops.checks import learns
 
 __all__ = ["attend"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionsel.ops import chunks
+import visionsel.ops.chunks as chunks
 from visionsel.ops.neighborhood.by_kind import by_kind, serves
 from visionsel.ops.neighborhood.tables import axis_tables, kind_tables, tile_sizes
 from visionsel.ops.plans import keep_plans
