@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest.mock import Mock
 
@@ -123,8 +124,7 @@ def neighborhood(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, backend:
 
 
 def halo(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, backend: str) -> Tensor:
-    height, width = (None, None) if table is None else (table[0], table[1, :, :2])
-    width = None if table is None else table[1]
+    height, width = (None, None) if table is None else table
     return ops.halo_attention(q, k, v, 4, 1, height, width, backend=backend)
 
 
@@ -158,7 +158,7 @@ def watch(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> Mock:
     target = CASES[name][2][0 if training else 1]
     assert target is not None
     path, function = f"visionsel.ops.{target}".rsplit(".", 1)
-    module = __import__("importlib").import_module(path)
+    module = import_module(path)
     watched = Mock(wraps=getattr(module, function))
     monkeypatch.setattr(module, function, watched)
     return watched
