@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import visionsel
+import visionsel.layers as layers
+import visionsel.ops.packed as packing
 from tests.ops.test_linear import spied
 from tests.support import check_model_fixture, fill_state_dict, load_fixture
 from visionsel import accelerate
@@ -538,6 +540,145 @@ def test_pruning_a_swapped_linear_layer_keeps_its_effect(onednn: list[tuple[int,
     x = torch.randn(5, 6)
     torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-5)
     assert onednn == [(5, 6)]
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Skip where weights cannot be packed; the names of the functions that compute with packed ones."""
+    if reason := packing.unavailable():
+        pytest.skip(f"no oneDNN: {reason}")
+    called: list[str] = []
+    for name in ("packed_linear", "packed_convolution"):
+        function = getattr(packing, name)
+
+        def spy(*args: Any, function: Any = function) -> Tensor:
+            called.append(function.__name__)
+            return function(*args)
+
+        monkeypatch.setattr(packing, name, spy)
+    return called
+
+
+def layered() -> nn.Sequential:
+    """All that can be packed, and some that cannot."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        FocalModulation(8, 3, 2),
+        nn.Conv2d(8, 8, 3, padding="same"),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 12, 1, bias=False),
+        nn.Flatten(2),
+        nn.Linear(24, 5),
+    )
+
+
+def test_packed_weights_give_the_same_where_no_gradient_is_wanted(packed: list[str]) -> None:
+    model = layered()
+    fast = accelerate(copy.deepcopy(model), pack=True)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 8, 12)
+    for _ in range(2):
+        with torch.inference_mode():
+            torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-5)
+        # f in three parts and proj of focal modulation between the first convolution and the rest
+        assert packed == ["packed_convolution"] + ["packed_linear"] * 6
+        packed.clear()
+    results = []
+    for each in (model, fast):
+        leaf = x.clone().requires_grad_()
+        out = each(leaf)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, *each.parameters()])])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert packed == []
+
+
+def test_a_packed_model_is_trained_loaded_copied_and_pickled(packed: list[str]) -> None:
+    fast = accelerate(layered(), pack=True)
+    plain = layered()
+    x = torch.randn(2, 3, 8, 12)
+    with torch.no_grad():
+        fast(x)
+    for each in (plain, fast):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        each(x).square().mean().backward()
+        optimizer.step()
+    reloaded = accelerate(layered(), pack=True)
+    with torch.no_grad():
+        reloaded(x)
+        reloaded.load_state_dict(plain.state_dict())
+        expected = plain(x)
+        for each in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), reloaded):
+            packed.clear()
+            torch.testing.assert_close(each(x), expected, rtol=0, atol=1e-5)
+            assert len(packed) == 7
+
+
+def test_a_packed_layer_is_scripted_compiled_exported_and_moved(packed: list[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+    fast = accelerate(copy.deepcopy(model), pack=True).eval()
+    x = torch.randn(1, 3, 6, 6)
+    with torch.no_grad():
+        expected = model(x)
+        for program in (
+            torch.jit.script(fast),
+            torch.compile(fast, fullgraph=True, backend="aot_eager"),
+            torch.export.export(fast, (x,)).module(),
+        ):
+            torch.testing.assert_close(program(x), expected, rtol=0, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(x).dtype == torch.bfloat16
+        torch.testing.assert_close(fast.double()(x.double()).float(), expected, rtol=0, atol=1e-5)
+        assert packed == []
+        fast.float()(x)
+    assert packed == ["packed_convolution", "packed_linear"]
+
+
+def test_what_packs_is_a_choice(packed: list[str]) -> None:
+    fast = accelerate(layered(), linears=False, pack=True)
+    x = torch.randn(1, 3, 8, 12)
+    with torch.no_grad():
+        fast(x)
+        assert set(packed) == {"packed_convolution"}
+        packed.clear()
+        accelerate(fast, linears=True)(x)  # what is packed stays so
+        assert packed == ["packed_convolution"]
+        packed.clear()
+        accelerate(fast, pack=True)(x)
+        assert packed == ["packed_convolution"] + ["packed_linear"] * 6
+    with pytest.raises(ValueError, match="pack must be True or False, got 'auto'"):
+        accelerate(fast, pack="auto")
+
+
+def test_our_focal_modulation_keeps_its_operator(packed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = layers.FocalModulation(8)
+    fast = accelerate(copy.deepcopy(plain), linears=True, pack=True)
+    monkeypatch.setattr(layers.FocalModulation, "_modulate_by_modules", None)
+    x = torch.randn(2, 6, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x), rtol=0, atol=1e-5)
+    assert packed == ["packed_linear"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["biformer_tiny", "nat_mini", "dinat_mini", "selectformer_nano"])
+def test_packed_models_keep_their_outputs(name: str, packed: list[str]) -> None:
+    model = filled(timm.create_model(name)).eval()
+    fast = accelerate(copy.deepcopy(model), pack=True)
+    image = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected = model(image)
+        for _ in range(2):
+            got = fast(image)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert {"packed_convolution", "packed_linear"} == set(packed)
+
+
+def test_without_onednn_packing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_works", lambda: False)
+    with pytest.raises(NotImplementedError, match=r"pack=True: PyTorch .* has no operators .*; leave it out"):
+        accelerate(nn.Linear(3, 3), pack=True)
 
 
 def test_linears_takes_three_values() -> None:

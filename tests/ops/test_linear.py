@@ -144,13 +144,13 @@ def faster(monkeypatch: pytest.MonkeyPatch, verdict: bool) -> list[tuple[int, ..
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of all inputs that oneDNN gets."""
     seen: list[tuple[int, ...]] = []
-    product = module._product
+    product = module.product
 
     def spy(x: Tensor, *others: Tensor | None) -> Tensor:
         seen.append(tuple(x.shape))
         return product(x, *others)
 
-    monkeypatch.setattr(module, "_product", spy)
+    monkeypatch.setattr(module, "product", spy)
     return seen
 
 
@@ -336,7 +336,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return run
 
     monkeypatch.setattr(module, "perf_counter", lambda: state["now"])
-    monkeypatch.setattr(module, "_product", product("onednn"))
+    monkeypatch.setattr(module, "product", product("onednn"))
     monkeypatch.setattr(module.F, "linear", product("default"))
     monkeypatch.setattr(module, "_found", {})
     return state

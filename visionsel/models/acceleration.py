@@ -1,6 +1,7 @@
 """Fast halo attention, focal modulation and linear layers in models that others built."""
 
 import warnings
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from timm.layers.halo_attn import HaloAttn, PosEmbedRel
 from timm.models.focalnet import FocalModulation
 from torch import Tensor, nn
 
+import visionsel.layers as layers
+import visionsel.ops.packed as packing
 from visionsel.layers.focal_modulation import plain_kernels, weights_suffice
 from visionsel.models.pyramid import Stage
 from visionsel.ops.focal_modulation import focal_modulation
@@ -101,13 +104,12 @@ class AcceleratedFocalModulation(FocalModulation):
         if not any(weights_suffice(self.f, kind) for kind in (nn.Conv2d, AcceleratedPointwise)):
             return self.f(x).split(self.input_split, dim=1)
         # three projections into memory of their own: slices of one have gaps and would be copied
+        if isinstance(self.f, AcceleratedPointwise):
+            stops = [*accumulate(self.input_split, initial=0)]
+            return tuple(pointwise(x, self.f, part) for part in pairwise(stops))
         weights = self.f.weight.split(self.input_split)
         biases = (None, None, None) if self.f.bias is None else self.f.bias.split(self.input_split)
-        pieces = zip(weights, biases, strict=True)
-        if isinstance(self.f, AcceleratedPointwise):
-            always = self.f.always_onednn
-            return tuple(pointwise(x, w, b, always) for w, b in pieces)
-        return tuple(F.conv2d(x, w, b) for w, b in pieces)
+        return tuple(F.conv2d(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
 @register_notrace_module
@@ -117,12 +119,15 @@ class AcceleratedLinear(nn.Linear):
     Where oneDNN cannot serve (another device or dtype, autocast, a compiler), it computes as `nn.Linear`.
     """
 
-    always_onednn: bool  # wherever it can serve, or only where it is found to be faster
+    always_onednn = False  # wherever it can serve, or only where it is found to be faster
+    packed = False  # whether oneDNN's layout of the weight is kept
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`."""
         if torch.jit.is_scripting():
             out = F.linear(x, self.weight, self.bias)
+        elif self.packed and packing.why_not(x, self.weight, self.bias) is None:
+            out = packing.packed_linear(x, self.weight, self.bias)
         else:
             forced = self.always_onednn and why_not(x, self.weight, self.bias) is None
             out = linear(x, self.weight, self.bias, "onednn" if forced else "auto")
@@ -136,24 +141,58 @@ class AcceleratedPointwise(nn.Conv2d):
     A map that does not lie channels-last in memory is convolved as `nn.Conv2d` does.
     """
 
-    always_onednn: bool  # as of AcceleratedLinear
+    always_onednn = False  # as of AcceleratedLinear
+    packed = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, in_channels, H, W]` -> `[B, out_channels, H, W]`."""
         if torch.jit.is_scripting():
             return self._conv_forward(x, self.weight, self.bias)
         else:
-            return pointwise(x, self.weight, self.bias, self.always_onednn)
+            return pointwise(x, self)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, always: bool) -> Tensor:
-    """`[B, in, H, W]` by a kernel `[out, in, 1, 1]`, by oneDNN where it is faster, or always if it can."""
+def pointwise(x: Tensor, layer: AcceleratedPointwise, part: tuple[int, int] | None = None) -> Tensor:
+    """`[B, in, H, W]` by a layer of single pixels, or by those of its outputs from one to before another."""
+    weight, bias = layer.weight, layer.bias
+    if part is not None:
+        weight = weight[slice(*part)]
+        bias = None if bias is None else bias[slice(*part)]
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         pixels, flat = x.permute(0, 2, 3, 1), weight.flatten(1)
-        usable = why_not(pixels, flat, bias) is None if always else taken_by_auto(pixels, flat, bias)
-        if usable:
+        if layer.packed and packing.why_not(pixels, layer.weight, bias) is None:
+            return packing.packed_linear(pixels, layer.weight, bias, part).permute(0, 3, 1, 2)
+        forced = layer.always_onednn and why_not(pixels, flat, bias) is None
+        if forced or taken_by_auto(pixels, flat, bias):
             return linear(pixels, flat, bias, "onednn").permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias)
+
+
+@register_notrace_module
+class AcceleratedConv2d(nn.Conv2d):
+    """A convolution by a weight that is kept in oneDNN's layout; made by `accelerate` with `pack=True`.
+
+    Where that cannot serve, it computes as `nn.Conv2d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` -> `[B, out_channels, H', W']`."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:
+            return convolution(x, self)
+
+
+def convolution(x: Tensor, layer: AcceleratedConv2d) -> Tensor:
+    """`[B, in, H, W]` by the packed weight of a layer where it can serve, by the plain one where not."""
+    if x.ndim == 4 and not layer.weight.is_contiguous():
+        # channels-last weights give channels-last maps
+        x = x.contiguous(memory_format=torch.channels_last)
+    if packing.why_not_convolution(x, layer.weight, layer.bias) is not None:
+        return layer._conv_forward(x, layer.weight, layer.bias)
+    assert not isinstance(layer.padding, str)  # accelerate leaves those alone
+    settings = layer.stride, layer.padding, layer.dilation, layer.groups
+    return packing.packed_convolution(x, layer.weight, layer.bias, *settings)
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -166,6 +205,7 @@ def accelerate(
     model: nn.Module,
     linears: bool | Literal["auto"] = "auto",
     channels_last: bool | Literal["auto"] = "auto",
+    pack: bool = False,
 ) -> nn.Module:
     """Make timm's halo attention and focal modulation, and linear layers, of a model run faster.
 
@@ -188,16 +228,21 @@ def accelerate(
             rounding. True changes all and measures nothing; False leaves linear layers alone.
         channels_last: whether weights of convolutions are laid out channels-last in memory, from where the
             layout spreads to all maps, the returned ones too: their shapes stay, their strides change. "auto"
-            does so where the model has halo attention or focal modulation, which would change the layout of
-            every map they take, or stages of ours that keep their maps channels-last, whose convolutions
-            would change the layout of their weights at every call.
+            does so with `pack`, and where the model has halo attention or focal modulation, which would
+            change the layout of every map they take, or stages of ours that keep their maps channels-last,
+            whose convolutions would change the layout of their weights at every call.
+        pack: for inference in float32 on the CPU, where weights no longer change: those of linear layers
+            (unless `linears=False`) and of convolutions are kept in the layout that oneDNN computes in too,
+            made by the first call that no gradient is wanted of, which takes their memory once more. They
+            stay the parameters, and what is loaded into them or written in place counts from the next call
+            on. Only a change of few numbers through `.data`, which PyTorch does not count, would be missed.
 
     Returns:
         `model` itself.
 
     Raises:
         ValueError: for another value of `linears` or `channels_last`.
-        NotImplementedError: with `linears=True`, if this PyTorch has no oneDNN for linear layers.
+        NotImplementedError: with `linears=True` or `pack=True`, if this PyTorch has no oneDNN for them.
 
     Warns:
         UserWarning: if the model holds nothing to accelerate; it is returned as it was.
@@ -215,26 +260,35 @@ def accelerate(
     for name, value in {"linears": linears, "channels_last": channels_last}.items():
         if value not in ("auto", True, False):
             raise ValueError(f'{name} must be "auto", True or False, got {value!r}')
+    if pack not in (True, False):
+        raise ValueError(f"pack must be True or False, got {pack!r}")
     always = linears is True
     if always and (reason := unavailable()):
         raise NotImplementedError(f'linears=True: {reason}; choose "auto" or False')
+    if pack and (reason := packing.unavailable()):
+        raise NotImplementedError(f"pack=True: {reason}; leave it out")
     fast = {type(module) for module in model.modules()} & {*_FAST, *_FAST.values()}
     staged = any(isinstance(module, Stage) and module.channels_last for module in model.modules())
-    laid_out = channels_last is True or (channels_last == "auto" and (bool(fast) or staged))
+    laid_out = channels_last is True or (channels_last == "auto" and (bool(fast) or staged or pack))
     if laid_out:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
-    # these stay convolutions, which the operator takes
-    kept = {id(module.h) for module in model.modules() if isinstance(module, FocalModulation)}
+    kept = _taken_by_weight(model)
     found = laid_out or bool(fast)
     for module in model.modules():
         if type(module) in _FAST:
             module.__class__ = _FAST[type(module)]
-        elif linears and id(module) not in kept and _is_linear(module) and _gains(module, always):
+        elif id(module) in kept:
+            continue
+        elif linears and _is_linear(module) and _gains(module, always or pack):
             module.__class__ = AcceleratedLinear if isinstance(module, nn.Linear) else AcceleratedPointwise
             module.always_onednn = always  # type: ignore[assignment]  # a flag, not a tensor or module
-        found = found or isinstance(module, AcceleratedLinear | AcceleratedPointwise)
+        elif pack and _packs(module):
+            module.__class__ = AcceleratedConv2d
+        if isinstance(module, AcceleratedLinear | AcceleratedPointwise):
+            module.packed = module.packed or (pack and bool(linears))
+        found = found or isinstance(module, AcceleratedLinear | AcceleratedPointwise | AcceleratedConv2d)
     if not found:
         others = " and no linear layer that oneDNN would speed up" if linears else ""
         warnings.warn(
@@ -243,6 +297,27 @@ def accelerate(
             stacklevel=2,
         )
     return model
+
+
+def _taken_by_weight(model: nn.Module) -> set[int]:
+    """Convolutions whose weights the operator of focal modulation takes, which must stay what they are."""
+    return {
+        id(module)
+        for modulation in model.modules()
+        if isinstance(modulation, FocalModulation | layers.FocalModulation)
+        for module in (modulation.h, *modulation.focal_layers.modules())
+    }
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose weight can be packed, with a padding in numbers of zeros."""
+    return (
+        type(module) is nn.Conv2d
+        and not _is_linear(module)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and why_not(module.weight, module.weight, module.bias) is None
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -257,7 +332,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _gains(layer: nn.Module, always: bool) -> bool:
-    """Whether a linear layer is to run through oneDNN."""
+    """Whether a linear layer is to run through oneDNN: where it can, or where it is measured to be faster."""
     weight, bias = layer.weight, layer.bias
     # the weight stands for an input: it has the layer's device, dtype and width
     if why_not(weight, weight, bias) is not None:  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from visionsel.ops.checks import learns
 from visionsel.ops.compilation import is_watched
 
-__all__ = ["linear", "onednn_is_faster", "taken_by_auto", "unavailable", "why_not"]
+__all__ = ["linear", "onednn_is_faster", "product", "taken_by_auto", "unavailable", "why_not"]
 
 _BACKENDS = ("auto", "onednn", "default")
 
@@ -74,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     if learns(x, weight, bias):
         out = _Product.apply(flat, weight, bias)
     else:
-        out = _product(flat, weight, bias)
+        out = product(flat, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -149,23 +149,23 @@ def onednn_is_faster(rows: int, weight: Tensor, bias: bool = False) -> bool:
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             x = torch.ones(rows, in_features, dtype=torch.float32, device="cpu")
             added = x.new_ones(out_features) if bias else None
-            ours, theirs = _seconds([_product, F.linear], x, weight.detach(), added)
+            ours, theirs = _seconds([product, F.linear], x, weight.detach(), added)
         _found[key] = ours * _MARGIN < theirs
     return _found[key]
 
 
 def _seconds(
-    products: list[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
+    ways: list[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
 ) -> list[float]:
     """The shortest of six runs of each, in turn; what else runs on the machine only lengthens them."""
-    shortest = [float("inf")] * len(products)
+    shortest = [float("inf")] * len(ways)
     for _ in range(6):
-        for i, product in enumerate(products):
+        for i, way in enumerate(ways):
             start = perf_counter()
-            product(x, weight, bias)
+            way(x, weight, bias)
             shortest[i] = min(shortest[i], perf_counter() - start)
     return shortest
 
@@ -196,18 +196,18 @@ def _operator() -> Callable[..., Tensor] | None:
     return operator if right else None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` of `[N, in]` and `[out, in]`, without a gradient."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` of `[N, in]` and `[out, in]` by oneDNN, without a gradient."""
     operator: Any = _operator()
     return operator(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """`_product` with its gradient, which is made of products with gradients of their own."""
+    """`product` with its gradient, which is made of products with gradients of their own."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
