@@ -3,7 +3,8 @@
 Our families with the authors' formulation of the attention in its place (`benchmarks.formulations`; nothing
 else runs the NAT and DiNAT weights today), SelectFormer, which has no other, with the plain reference; timm's
 HaloNets and FocalNets, and transformers' FocalNet, which is the authors' code. All of ours and timm's also
-after `visionsel.accelerate`, and with `--compile` through `torch.compile` besides.
+after `visionsel.accelerate`, for inference on the CPU with packed weights too, and with `--compile` through
+`torch.compile` besides.
 """
 
 import copy
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import visionsel
+import visionsel.ops.packed as packed
 from benchmarks import cases, formulations, paired
 from benchmarks import run as run_program
 from benchmarks.paired import tables
@@ -88,7 +90,7 @@ def pair(name: str, backends: Sequence[str] = ("auto",)) -> tuple[dict[str, nn.M
                 models["transformers"] = _to_transformers(baseline)
             except ImportError:
                 left_out["transformers"] = "it is not installed"
-        return {**models, "accelerated": visionsel.accelerate(copy.deepcopy(baseline))}, left_out
+        return {**models, **_accelerated(baseline, left_out)}, left_out
     models = {OURS[name]: _plain(copy.deepcopy(baseline), OURS[name] == "reference")}
     for backend in backends:
         if backend == "auto" or all(
@@ -97,7 +99,16 @@ def pair(name: str, backends: Sequence[str] = ("auto",)) -> tuple[dict[str, nn.M
             models[backend] = _with_backend(copy.deepcopy(baseline), backend)
         else:
             left_out[backend] = "not every operator of the model has such a backend"
-    return {**models, "accelerated": visionsel.accelerate(copy.deepcopy(baseline))}, left_out
+    return {**models, **_accelerated(baseline, left_out)}, left_out
+
+
+def _accelerated(model: nn.Module, left_out: dict[str, str]) -> dict[str, nn.Module]:
+    """Accelerated copies, one with packed weights; or why there is none."""
+    ways: dict[str, dict[str, bool]] = {"accelerated": {}, "packed": {"pack": True}}
+    if reason := packed.unavailable():
+        left_out["packed"] = reason
+        del ways["packed"]
+    return {name: visionsel.accelerate(copy.deepcopy(model), **options) for name, options in ways.items()}
 
 
 def _plain(model: nn.Module, reference: bool) -> nn.Module:
@@ -205,6 +216,8 @@ def measure(
             case = f"{name} {size[1]}, {mode}"
             left_out += [{"case": case, "name": other, "why": why} for other, why in others.items()]
             ways = {key: partial(run, model, image) for key, model in made.items()}
+            if mode == "training" or image.device.type != "cpu":
+                ways.pop("packed", None)  # it would be the accelerated one once more
             if compile and mode == "forward" and (why := no_compiler(image.device.type)):
                 left_out.append({"case": case, "name": "torch.compile", "why": why})
             elif compile and mode == "forward":

@@ -136,9 +136,9 @@ def test_models_are_compared_with_their_plain_selves(
     options = {"rounds": 1, "batch": 1, "models": None, "backends": ["auto"], "device": "cpu"}
     found = models.measure(compile=True, **options)
     assert found["left_out"] == [{"case": named[0], "name": "torch.compile", "why": "none for cpu"}]
-    assert {one["name"] for one in found["timings"]} == {"reference", "auto", "accelerated"}
+    assert {one["name"] for one in found["timings"]} == {"reference", "auto", "accelerated", "packed"}
     made, left_out = models.pair("selectformer_nano", ["auto", "triton"])
-    assert list(made) == ["reference", "auto", "accelerated"]
+    assert list(made) == ["reference", "auto", "accelerated", "packed"]
     assert left_out == {"triton": "not every operator of the model has such a backend"}
     plain = made["reference"]
     assert {module.backend for module in plain.modules() if hasattr(module, "backend")} == {"reference"}
