@@ -77,7 +77,8 @@ DILATIONS = st.sampled_from([1, 1, 2, 3, 4])
     ("size", "dilation", "kinds"),
     [
         ((56, 49), 1, 9),  # corners, sides and what is between
-        ((56, 14), 1, 3),
+        ((56, 14), 1, 6),  # gathered anyway, so a width of two halves
+        ((28, 28), 2, 4),  # each grid in quarters
         ((14, 9), 1, 1),
         ((56, 56), 8, 1),  # each grid is one tile
         ((30, 30), 4, 4),  # grids of 8 and of 7

@@ -37,10 +37,12 @@ def kind_tables(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def axis_tables(
-    length: int, kernel_size: int, dilation: int, grids: int, device: torch.device
+    length: int, kernel_size: int, dilation: int, grids: int, device: torch.device, tile: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
-    longest, tile, tiles = tile_sizes(length, dilation)
+    longest, usual, _ = tile_sizes(length, dilation)
+    tile = tile if tile > 0 else usual
+    tiles = (longest + tile - 1) // tile
     keys = min(tile + kernel_size - 1, longest)
     grid_length = (length + dilation - 1 - torch.arange(grids, device=device)[:, None, None]) // dilation
     first = torch.arange(tiles, device=device)[:, None] * tile
