@@ -8,6 +8,7 @@ is kept but the softmax.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from visionsel.ops.compilation import is_watched
 
 __all__ = ["attend", "differentiable", "logit_gradients", "plain", "serves", "slices"]
 
-_NUMBERS = 2**19  # logits of a chunk, for each thread: two megabytes in float32
+_NUMBERS = 2**18  # logits of a chunk, for each thread: a megabyte in float32
 
 
 def serves(query: Tensor, numbers: int) -> bool:
@@ -34,9 +35,11 @@ def serves(query: Tensor, numbers: int) -> bool:
 
 
 def slices(groups: int, numbers: int) -> list[slice]:
-    """Groups to take together, each with so many logits."""
+    """Groups to take together, each with so many logits; the first slice is as long as any."""
     step = max(1, _NUMBERS * torch.get_num_threads() // max(1, numbers))
-    return [slice(first, min(first + step, groups)) for first in range(0, groups, step)]
+    parts = -(-groups // step)
+    stops = [-(-groups * n // parts) for n in range(parts + 1)]
+    return [slice(*both) for both in pairwise(stops)]
 
 
 def attend(
@@ -134,13 +137,15 @@ class _Attend(torch.autograd.Function):
         groups, length, _ = query.shape
         attention = query.new_empty(groups, length, (key if rows is None else rows).shape[1])
         out = query.new_empty(groups, length, value.shape[-1])
-        for some in slices(groups, attention[:1].numel()):
+        parts = slices(groups, attention[:1].numel())
+        rooms = [_room(x, rows, parts) for x in (key, value)]
+        for some in parts:
             logits = attention[some]
             if bias is not None and index is not None:
                 torch.index_select(bias, 0, index[some], out=logits)
             elif bias is not None and spread is not None:
                 torch.mm(bias[some].flatten(0, 1), spread, out=logits.view(-1, spread.shape[1]))
-            k, v = (_some(x, rows, some) for x in (key, value))
+            k, v = (_some(x, rows, some, room) for x, room in zip((key, value), rooms, strict=True))
             beta = 0 if bias is None else 1
             torch.baddbmm(logits, query[some], k.transpose(1, 2), beta=beta, alpha=scale, out=logits)
             torch.softmax(logits, -1, out=logits)
@@ -169,16 +174,17 @@ class _Attend(torch.autograd.Function):
                     added.zero_()
         parts = slices(len(attention), attention[:1].numel())
         room = torch.empty_like(attention[parts[0]]) if parts else attention
+        rooms = [_room(x, rows, parts) for x in (key, value)]
         for some in parts:
             weight, g, q = attention[some], grad[some], query[some]
-            k, v = (_some(x, rows, some) for x in (key, value))
+            k, v = (_some(x, rows, some, room) for x, room in zip((key, value), rooms, strict=True))
             logits = logit_gradients(g, out[some], v, weight, room)
             if grad_value is not None:  # now that the weights are in the cache
-                _put(grad_value, rows, some, weight.transpose(1, 2), g, 1.0)
+                _put(grad_value, rows, some, weight.transpose(1, 2), g, 1.0, rooms[1])
             if grad_query is not None:
                 torch.baddbmm(q, logits, k, beta=0, alpha=ctx.scale, out=grad_query[some])
             if grad_key is not None:
-                _put(grad_key, rows, some, logits.transpose(1, 2), q, ctx.scale)
+                _put(grad_key, rows, some, logits.transpose(1, 2), q, ctx.scale, rooms[0])
             if grad_bias is not None and index is not None:
                 grad_bias.index_add_(0, index[some], logits)
             elif grad_bias is not None and spread is not None:
@@ -186,17 +192,33 @@ class _Attend(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_bias, None, None, None, None
 
 
-def _some(x: Tensor, rows: Tensor | None, some: slice) -> Tensor:
+def _room(x: Tensor, rows: Tensor | None, parts: Sequence[slice]) -> Tensor:
+    """Memory for what a part gathers, `[tokens, dim]`; it stays in the cache from one part to the next."""
+    return x if rows is None or not parts else x.new_empty(parts[0].stop * rows.shape[1], x.shape[1])
+
+
+def _some(x: Tensor, rows: Tensor | None, some: slice, room: Tensor) -> Tensor:
     """Keys or values of some groups, `[some, M, dim]`."""
     if rows is None:
         return x[some]
-    return x.index_select(0, rows[some].flatten()).view(-1, rows.shape[1], x.shape[1])
+    index = rows[some].flatten()
+    return torch.index_select(x, 0, index, out=room[: len(index)]).view(-1, rows.shape[1], x.shape[1])
 
 
-def _put(grad: Tensor, rows: Tensor | None, some: slice, left: Tensor, right: Tensor, scale: float) -> None:
-    """Write `scale * left @ right`, or add it to what is gathered, into the gradient of keys or values."""
+def _put(
+    grad: Tensor,
+    rows: Tensor | None,
+    some: slice,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+    room: Tensor,
+) -> None:
+    """Write `scale * left @ right` into the gradient of keys or values, or add it to what is gathered."""
     if rows is None:
         torch.baddbmm(grad[some], left, right, beta=0, alpha=scale, out=grad[some])
-    else:
-        product = torch.baddbmm(grad.new_empty(()), left, right, beta=0, alpha=scale)
-        grad.index_add_(0, rows[some].flatten(), product.flatten(0, 1))
+        return
+    index = rows[some].flatten()
+    product = room[: len(index)].view(*left.shape[:2], -1)
+    torch.baddbmm(product, left, right, beta=0, alpha=scale, out=product)
+    grad.index_add_(0, index, product.flatten(0, 1))

@@ -34,8 +34,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: floa
         out: Tensor = _Attend.apply(query, key, value, index, scale)
         return out
     out = query.new_empty(*query.shape[:2], _value_dim(query, key, value))
-    for some in _parts(query, key, index):
-        k, v = _gather(key, index[some], query.shape[2]), _gather(value, index[some], out.shape[2])
+    # the fused kernel keeps no logits
+    parts = slices(len(query), (query.shape[2] + out.shape[2]) * _keys(query, key, index))
+    rooms = [_room_of_rows(x, index, parts) for x in (key, value)]
+    for some in parts:
+        k = _gather(key, index[some], query.shape[2], rooms[0])
+        v = _gather(value, index[some], out.shape[2], rooms[1])
         out[some] = F.scaled_dot_product_attention(query[None, some], k[None], v[None], scale=scale)[0]
     return out
 
@@ -52,9 +56,11 @@ class _Attend(torch.autograd.Function):
         out = query.new_empty(*query.shape[:2], _value_dim(query, key, value))
         parts = _parts(query, key, index)
         room = _room(query, key, index, parts)
+        rooms = [_room_of_rows(x, index, parts) for x in (key, value)]
         for some in parts:
-            weight = _weights(query[some], _gather(key, index[some], query.shape[2]), scale, room)
-            torch.bmm(weight, _gather(value, index[some], out.shape[2]), out=out[some])
+            k = _gather(key, index[some], query.shape[2], rooms[0])
+            weight = _weights(query[some], k, scale, room)
+            torch.bmm(weight, _gather(value, index[some], out.shape[2], rooms[1]), out=out[some])
         ctx.save_for_backward(query, key, value, index, out)
         ctx.scale = scale
         return out
@@ -73,17 +79,20 @@ class _Attend(torch.autograd.Function):
         )
         parts = _parts(query, key, index)
         room, more = (_room(query, key, index, parts) for _ in range(2))
+        rooms = [_room_of_rows(x, index, parts) for x in (key, value)]
         for some in parts:
-            q, g, rows = query[some], grad[some], index[some].flatten()
-            k, v = _gather(key, index[some], q.shape[2]), _gather(value, index[some], g.shape[2])
+            q, g, rows = query[some], grad[some], index[some]
+            k = _gather(key, rows, q.shape[2], rooms[0])
+            v = _gather(value, rows, g.shape[2], rooms[1])
             weight = _weights(q, k, scale, room)
-            if grad_value is not None:
-                grad_value.index_add_(0, rows, torch.bmm(weight.transpose(1, 2), g).view(len(rows), -1))
             logits = logit_gradients(g, out[some], v, weight, more).mul_(scale)
+            # what a product adds takes the place of what was gathered and has served
+            if grad_value is not None:
+                _add(grad_value, rows, torch.bmm(weight.transpose(1, 2), g, out=v))
             if grad_query is not None:
                 torch.bmm(logits, k, out=grad_query[some])
             if grad_key is not None:
-                grad_key.index_add_(0, rows, torch.bmm(logits.transpose(1, 2), q).view(len(rows), -1))
+                _add(grad_key, rows, torch.bmm(logits.transpose(1, 2), q, out=k))
         return grad_query, grad_key, grad_value, None, None
 
 
@@ -91,9 +100,16 @@ def _value_dim(query: Tensor, key: Tensor, value: Tensor) -> int:
     return value.shape[1] * query.shape[2] // key.shape[1]
 
 
-def _gather(rows: Tensor, index: Tensor, dim: int) -> Tensor:
+def _gather(rows: Tensor, index: Tensor, dim: int, room: Tensor | None = None) -> Tensor:
     """Rows `[windows, keys * dim]` that each of `[some, topk]` names -> `[some, topk * keys, dim]`."""
-    return rows.index_select(0, index.flatten()).view(len(index), -1, dim)
+    flat = index.flatten()
+    out = None if room is None else room[: len(flat)]
+    return torch.index_select(rows, 0, flat, out=out).view(len(index), -1, dim)
+
+
+def _add(rows: Tensor, index: Tensor, product: Tensor) -> None:
+    """The backward of `_gather`: add `[some, topk * keys, dim]` to the rows."""
+    rows.index_add_(0, index.flatten(), product.view(index.numel(), -1))
 
 
 def _weights(query: Tensor, key: Tensor, scale: float, room: Tensor) -> Tensor:
@@ -112,6 +128,11 @@ def _parts(query: Tensor, key: Tensor, index: Tensor) -> list[slice]:
 def _room(query: Tensor, key: Tensor, index: Tensor, parts: list[slice]) -> Tensor:
     """Memory for the logits of a part."""
     return query.new_empty(parts[0].stop, query.shape[1], _keys(query, key, index))
+
+
+def _room_of_rows(rows: Tensor, index: Tensor, parts: list[slice]) -> Tensor:
+    """Memory for the rows that a part gathers; it stays in the cache from one part to the next."""
+    return rows.new_empty(parts[0].stop * index.shape[1], rows.shape[1])
 
 
 def _keys(query: Tensor, key: Tensor, index: Tensor) -> int:

@@ -44,17 +44,20 @@ def attend(
     out = query.new_empty(count, length, heads, value.shape[1] // heads)
     parts = chunks.slices(count, heads * length * keys)
     room = query.new_empty(parts[0].stop * heads * length, keys)
+    rooms = [x.new_empty(parts[0].stop * keys, x.shape[1]) for x in (key, value)]
     for some in parts:
         bias = None
         if factors is not None and spread is not None:
             rows = factors[some].flatten(0, 2)
             bias = torch.mm(rows, spread, out=room[: len(rows)]).view(-1, heads, length, keys)
-        q, k, v = query[some].transpose(1, 2), *(_windows(x, index[some], heads) for x in (key, value))
+        k, v = (_windows(x, index[some], heads, into) for x, into in zip((key, value), rooms, strict=True))
+        q = query[some].transpose(1, 2)
         out[some] = F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
     return out
 
 
-def _windows(rows: Tensor, index: Tensor, heads: int) -> Tensor:
-    """Pixels `[pixels, heads * dim]` at `[N, M]` -> `[N, heads, M, dim]`."""
-    count, keys = index.shape
-    return rows.index_select(0, index.flatten()).view(count, keys, heads, -1).transpose(1, 2)
+def _windows(rows: Tensor, index: Tensor, heads: int, room: Tensor | None = None) -> Tensor:
+    """Pixels `[pixels, heads * dim]` at `[N, M]` -> `[N, heads, M, dim]`, in `room` if there is one."""
+    out = None if room is None else room[: index.numel()]
+    found = torch.index_select(rows, 0, index.flatten(), out=out)
+    return found.view(*index.shape, heads, -1).transpose(1, 2)
