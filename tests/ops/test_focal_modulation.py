@@ -149,6 +149,28 @@ def test_slices_of_a_fused_projection_serve_and_nothing_given_is_written_to(back
         torch.testing.assert_close(x, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kernel_sizes", [(3, 5), (3,), ()])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_without_gradients_it_is_the_same_and_writes_over_nothing_given(
+    kernel_sizes: tuple[int, ...], normalize: bool
+) -> None:
+    case = draw(kernel_sizes=kernel_sizes, dtype=torch.float32)
+    before = {name: x.clone() for name, x in tensors(case).items()}
+    with_gradients = focal_modulation(**detached(case), normalize=normalize)
+    out = focal_modulation(**case, normalize=normalize)
+    torch.testing.assert_close(out, with_gradients.detach(), rtol=0, atol=1e-6)
+    for name, x in tensors(case).items():
+        assert torch.equal(x, before[name]), name
+
+
+def test_transforms_see_no_overwriting() -> None:
+    case = draw()
+    one = {name: case[name][:1] for name in ("query", "context", "gates")}
+    many = torch.stack([one["query"], 2 * one["query"]])
+    mapped = torch.func.vmap(lambda query: focal_modulation(**{**case, **one, "query": query}))(many)
+    torch.testing.assert_close(mapped[1], 2 * mapped[0], rtol=0, atol=1e-10)
+
+
 def test_samples_do_not_depend_on_each_other() -> None:
     case = draw(batch=3)
     order = [2, 0, 1]

@@ -2,6 +2,8 @@
 
 The operator's maps are [B, H, W, C]; seen as [B, C, H, W] they already lie in the layout that convolutions
 like best, so nothing is transposed; everything between the convolutions runs on contiguous [B, H, W, C].
+Where nothing is learnt, each step writes over what it has read: on a CPU fresh memory costs more than the
+arithmetic.
 
 Written in the subset that TorchScript compiles.
 """
@@ -9,6 +11,9 @@ Written in the subset that TorchScript compiles.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from visionsel.ops.checks import has_autocast, learns
+from visionsel.ops.compilation import is_watched
 
 
 def tiled(
@@ -21,6 +26,9 @@ def tiled(
     normalize: bool,
 ) -> Tensor:
     """See `focal_modulation`."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
+        if _may_overwrite(query, context, gates, modulator_weight, modulator_bias, *kernels):
+            return _in_place(query, context, gates, kernels, modulator_weight, modulator_bias, normalize)
     # a slice of a fused projection has gaps between its pixels; convolutions would copy it to another layout
     context = context.contiguous()
     gathered: Tensor | None = None
@@ -37,3 +45,43 @@ def tiled(
         gathered = gathered / (len(kernels) + 1)
     modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias)
     return query * modulator.permute(0, 2, 3, 1)
+
+
+def _may_overwrite(*tensors: Tensor | None) -> bool:
+    """Whether nobody needs what lies between the steps, and all numbers have one dtype."""
+    device = tensors[0].device.type if tensors[0] is not None else "cpu"
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not learns(*tensors)
+        and not (has_autocast(device) and torch.is_autocast_enabled(device))
+        and len({x.dtype for x in tensors if x is not None}) == 1
+        and not is_watched()
+    )
+
+
+def _in_place(
+    query: Tensor,
+    context: Tensor,
+    gates: Tensor,
+    kernels: list[Tensor],
+    modulator_weight: Tensor,
+    modulator_bias: Tensor | None,
+    normalize: bool,
+) -> Tensor:
+    """`tiled`, where only what was made here is written over."""
+    context = context.contiguous()
+    gathered: Tensor | None = None
+    for level, kernel in enumerate(kernels):
+        same = (kernel.shape[2] // 2, kernel.shape[3] // 2)
+        context = F.conv2d(context.permute(0, 3, 1, 2), kernel, padding=same, groups=kernel.shape[0])
+        context = torch.ops.aten.gelu_(context.permute(0, 2, 3, 1))
+        gate = gates[..., level : level + 1]
+        gathered = context * gate if gathered is None else gathered.addcmul_(context, gate)
+    overall = F.gelu(context.mean((1, 2), keepdim=True))
+    gate = gates[..., -1:]
+    gathered = overall * gate if gathered is None else gathered.addcmul_(overall, gate)
+    if normalize:
+        gathered.div_(len(kernels) + 1)
+    modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias)
+    return modulator.permute(0, 2, 3, 1).mul_(query)
