@@ -97,6 +97,7 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
         ("ops", "compilation"),
         ("ops", "flexible"),
         ("ops", "gpu"),
+        ("ops", "linear"),
         ("ops", "plans"),
         ("data", "folders"),
         ("data", "coco"),
