@@ -16,8 +16,8 @@ from benchmarks.targets import BIASED, DETECTION, FOCALS, HALOS, THREE_STAGES, T
 PAGE = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- python -m benchmarks.speeds runs/bench/*.json --write -->\n", "<!-- end of the speeds -->"
 GATHERED, AUTHORS = "its neighbors gathered", "the authors' formulation"
-# what; against what, in words and as the results name it; program, cases, and which of ours, the best counts
 ACCELERATED = ("accelerated", "packed")
+# what; against what, in words and as the results name it; program, cases, and which of ours, the best counts
 ROWS: list[tuple[str, str, str, str, Sequence[str], tuple[str, ...]]] = [
     (
         "neighborhood attention, 56 x 56, 7 x 7 keys, bias",

@@ -268,3 +268,13 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
         out = torch.utils.checkpoint.checkpoint(attend, *tensors, "tiled", use_reentrant=False)
         again = torch.autograd.grad(out.sin().sum(), leaves(tensors))
         assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+
+
+def test_parts_cover_all_groups_once_and_none_is_longer_than_the_first() -> None:
+    assert chunks.slices(0, 5) == []
+    for groups in (1, 7, 8, 9, 100):
+        parts = chunks.slices(groups, chunks._NUMBERS * torch.get_num_threads() // 8)
+        assert [n for part in parts for n in range(part.start, part.stop)] == list(range(groups))
+        lengths = [part.stop - part.start for part in parts]
+        assert lengths[0] == max(lengths) <= 8
+        assert max(lengths) - min(lengths) <= 1

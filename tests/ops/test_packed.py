@@ -178,6 +178,13 @@ def test_why_a_call_is_not_served() -> None:
         assert "it takes parameters" in str(why_not(x, weight.detach(), bias))
         assert "no empty products" in str(why_not(x[:0], weight, bias))
         assert "x is torch.float64" in str(why_not(x.double(), weight, bias))
+        assert "no empty products" in str(why_not(x, nn.Parameter(weight[:0]), bias[:0]))
+        for gaps in (
+            weight.detach()[:1].expand(40, 24),
+            torch.randn(24, 40).t(),
+            torch.randn(40, 48)[:, ::2],
+        ):
+            assert "without gaps" in str(why_not(x, nn.Parameter(gaps), bias))
         with torch.inference_mode():
             made_there = nn.Parameter(torch.randn(40, 24), requires_grad=False)
         assert "do not count their changes" in str(why_not(x, made_there, bias))

@@ -38,7 +38,7 @@ def slices(groups: int, numbers: int) -> list[slice]:
     """Groups to take together, each with so many logits; the first slice is as long as any."""
     step = max(1, _NUMBERS * torch.get_num_threads() // max(1, numbers))
     parts = -(-groups // step)
-    stops = [-(-groups * n // parts) for n in range(parts + 1)]
+    stops = [-(-groups * n // max(1, parts)) for n in range(parts + 1)]
     return [slice(*both) for both in pairwise(stops)]
 
 

@@ -105,14 +105,16 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None
         return "it takes parameters: another tensor would have to be packed at each call"
     if weight.is_inference():
         return "weights made in inference mode do not count their changes"
-    if x.numel() == 0:
+    if x.numel() == 0 or weight.numel() == 0:
         return "oneDNN has no empty products"
+    if not (weight.is_contiguous() or _is_channels_last(weight)):
+        return "it takes weights that lie in memory without gaps"
     return None
 
 
 def why_not_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why a convolution cannot run with a packed weight; None if it can."""
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    if not _is_channels_last(x):
         return "it takes batches of maps that lie channels-last in memory"
     return why_not(x, weight, bias)
 
@@ -120,6 +122,10 @@ def why_not_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 def unavailable() -> str | None:
     """Why this PyTorch cannot keep packed weights; None if it can."""
     return plain.unavailable() or (None if _works() else _no_operators())
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _no_operators() -> str:

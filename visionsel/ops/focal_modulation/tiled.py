@@ -26,25 +26,31 @@ def tiled(
     normalize: bool,
 ) -> Tensor:
     """See `focal_modulation`."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves out the branch in this form only)
-        if _may_overwrite(query, context, gates, modulator_weight, modulator_bias, *kernels):
-            return _in_place(query, context, gates, kernels, modulator_weight, modulator_bias, normalize)
+    overwrite = False
+    if not torch.jit.is_scripting():
+        overwrite = _may_overwrite(query, context, gates, modulator_weight, modulator_bias, *kernels)
     # a slice of a fused projection has gaps between its pixels; convolutions would copy it to another layout
     context = context.contiguous()
     gathered: Tensor | None = None
     for level, kernel in enumerate(kernels):
         same = (kernel.shape[2] // 2, kernel.shape[3] // 2)
         context = F.conv2d(context.permute(0, 3, 1, 2), kernel, padding=same, groups=kernel.shape[0])
-        context = F.gelu(context.permute(0, 2, 3, 1))
-        gate = gates[..., level : level + 1]
-        gathered = context * gate if gathered is None else torch.addcmul(gathered, context, gate)
+        context = context.permute(0, 2, 3, 1)
+        context = torch.ops.aten.gelu_(context) if overwrite else F.gelu(context)
+        gathered = _add(gathered, context, gates[..., level : level + 1], overwrite)
     overall = F.gelu(context.mean((1, 2), keepdim=True))
-    gate = gates[..., -1:]
-    gathered = overall * gate if gathered is None else torch.addcmul(gathered, overall, gate)
+    gathered = _add(gathered, overall, gates[..., -1:], overwrite)
     if normalize:
         gathered = gathered / (len(kernels) + 1)
-    modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias)
-    return query * modulator.permute(0, 2, 3, 1)
+    modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias).permute(0, 2, 3, 1)
+    return modulator.mul_(query) if overwrite else query * modulator
+
+
+def _add(gathered: Tensor | None, context: Tensor, gate: Tensor, overwrite: bool) -> Tensor:
+    """`gathered + context * gate`."""
+    if gathered is None:
+        return context * gate
+    return gathered.addcmul_(context, gate) if overwrite else torch.addcmul(gathered, context, gate)
 
 
 def _may_overwrite(*tensors: Tensor | None) -> bool:
@@ -58,30 +64,3 @@ def _may_overwrite(*tensors: Tensor | None) -> bool:
         and len({x.dtype for x in tensors if x is not None}) == 1
         and not is_watched()
     )
-
-
-def _in_place(
-    query: Tensor,
-    context: Tensor,
-    gates: Tensor,
-    kernels: list[Tensor],
-    modulator_weight: Tensor,
-    modulator_bias: Tensor | None,
-    normalize: bool,
-) -> Tensor:
-    """`tiled`, where only what was made here is written over."""
-    context = context.contiguous()
-    gathered: Tensor | None = None
-    for level, kernel in enumerate(kernels):
-        same = (kernel.shape[2] // 2, kernel.shape[3] // 2)
-        context = F.conv2d(context.permute(0, 3, 1, 2), kernel, padding=same, groups=kernel.shape[0])
-        context = torch.ops.aten.gelu_(context.permute(0, 2, 3, 1))
-        gate = gates[..., level : level + 1]
-        gathered = context * gate if gathered is None else gathered.addcmul_(context, gate)
-    overall = F.gelu(context.mean((1, 2), keepdim=True))
-    gate = gates[..., -1:]
-    gathered = overall * gate if gathered is None else gathered.addcmul_(overall, gate)
-    if normalize:
-        gathered.div_(len(kernels) + 1)
-    modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias)
-    return modulator.permute(0, 2, 3, 1).mul_(query)

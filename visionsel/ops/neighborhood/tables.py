@@ -39,7 +39,10 @@ def kind_tables(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def axis_tables(
     length: int, kernel_size: int, dilation: int, grids: int, device: torch.device, tile: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`."""
+    """One axis: keys `[tiles, keys]`, relative positions `[kinds, queries, keys]`, kinds `[grids, tiles]`.
+
+    Tiles are of `tile` queries; 0 for the usual number.
+    """
     longest, usual, _ = tile_sizes(length, dilation)
     tile = tile if tile > 0 else usual
     tiles = (longest + tile - 1) // tile
