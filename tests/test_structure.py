@@ -95,12 +95,14 @@ def test_imports_only_go_down_the_floors_and_never_sideways_between_methods(path
         ("ops", "choice"),
         ("ops", "chunks"),
         ("ops", "compilation"),
+        ("ops", "depthwise"),
         ("ops", "flexible"),
         ("ops", "gpu"),
         ("ops", "linear"),
         ("ops", "plans"),
         ("data", "folders"),
         ("data", "coco"),
+        ("layers", "convolution"),
         ("models", "pyramid"),
     }
     shared |= {("integrations", "conversations"), ("data", "shapes")}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from visionsel.layers.convolution import Conv2d
 from visionsel.ops.bilevel_routing import bilevel_routing_attention, top_windows, window_means
 from visionsel.ops.bilevel_routing.tiled import scriptable_attention
 
@@ -112,7 +113,7 @@ class BilevelRoutingAttention(nn.Module):
         self.qkv = nn.Linear(dim, 2 * qk_dim + dim, **dd)
         self.router = nn.Linear(qk_dim, qk_dim, **dd) if param_routing else nn.Identity()
         self.lepe = (
-            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
+            Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
             if side_dwconv > 0
             else nn.Identity()
         )

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from visionsel.layers.convolution import Conv2d
+
 __all__ = ["AttentionLePE"]
 
 
@@ -60,7 +62,7 @@ class AttentionLePE(nn.Module):
         self.lepe_of_value = lepe_of_value
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.lepe = (
-            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
+            Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **dd)
             if side_dwconv > 0
             else nn.Identity()
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import visionsel.layers as layers
 import visionsel.ops.packed as packing
+from visionsel.layers.convolution import Conv2d
 from visionsel.layers.focal_modulation import plain_kernels, weights_suffice
 from visionsel.models.pyramid import Stage
 from visionsel.ops.focal_modulation import focal_modulation
@@ -168,33 +169,6 @@ def pointwise(x: Tensor, layer: AcceleratedPointwise, part: tuple[int, int] | No
     return F.conv2d(x, weight, bias)
 
 
-@register_notrace_module
-class AcceleratedConv2d(nn.Conv2d):
-    """A convolution by a weight that is kept in oneDNN's layout; made by `accelerate` with `pack=True`.
-
-    Where that cannot serve, it computes as `nn.Conv2d`.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, in_channels, H, W]` -> `[B, out_channels, H', W']`."""
-        if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
-        else:
-            return convolution(x, self)
-
-
-def convolution(x: Tensor, layer: AcceleratedConv2d) -> Tensor:
-    """`[B, in, H, W]` by the packed weight of a layer where it can serve, by the plain one where not."""
-    if x.ndim == 4 and not layer.weight.is_contiguous():
-        # channels-last weights give channels-last maps
-        x = x.contiguous(memory_format=torch.channels_last)
-    if packing.why_not_convolution(x, layer.weight, layer.bias) is not None:
-        return layer._conv_forward(x, layer.weight, layer.bias)
-    assert not isinstance(layer.padding, str)  # accelerate leaves those alone
-    settings = layer.stride, layer.padding, layer.dilation, layer.groups
-    return packing.packed_convolution(x, layer.weight, layer.bias, *settings)
-
-
 _FAST: dict[type[nn.Module], type[nn.Module]] = {
     HaloAttn: AcceleratedHaloAttn,
     FocalModulation: AcceleratedFocalModulation,
@@ -285,10 +259,12 @@ def accelerate(
             module.__class__ = AcceleratedLinear if isinstance(module, nn.Linear) else AcceleratedPointwise
             module.always_onednn = always  # type: ignore[assignment]  # a flag, not a tensor or module
         elif pack and _packs(module):
-            module.__class__ = AcceleratedConv2d
+            module.__class__ = Conv2d
+            module.packed = True  # type: ignore[assignment]  # a flag, not a tensor or module
         if isinstance(module, AcceleratedLinear | AcceleratedPointwise):
             module.packed = module.packed or (pack and bool(linears))
-        found = found or isinstance(module, AcceleratedLinear | AcceleratedPointwise | AcceleratedConv2d)
+        found = found or isinstance(module, AcceleratedLinear | AcceleratedPointwise)
+        found = found or (isinstance(module, Conv2d) and module.packed)
     if not found:
         others = " and no linear layer that oneDNN would speed up" if linears else ""
         warnings.warn(
@@ -312,7 +288,8 @@ def _taken_by_weight(model: nn.Module) -> set[int]:
 def _packs(module: nn.Module) -> bool:
     """Whether a module is a convolution whose weight can be packed, with a padding in numbers of zeros."""
     return (
-        type(module) is nn.Conv2d
+        isinstance(module, nn.Conv2d)
+        and type(module) in (nn.Conv2d, Conv2d)
         and not _is_linear(module)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionsel.ops.checks import has_autocast, learns
 from visionsel.ops.compilation import is_watched
+from visionsel.ops.depthwise import conv2d
 
 
 def tiled(
@@ -33,9 +34,7 @@ def tiled(
     context = context.contiguous()
     gathered: Tensor | None = None
     for level, kernel in enumerate(kernels):
-        same = (kernel.shape[2] // 2, kernel.shape[3] // 2)
-        context = F.conv2d(context.permute(0, 3, 1, 2), kernel, padding=same, groups=kernel.shape[0])
-        context = context.permute(0, 2, 3, 1)
+        context = _depthwise(context.permute(0, 3, 1, 2), kernel).permute(0, 2, 3, 1)
         context = torch.ops.aten.gelu_(context) if overwrite else F.gelu(context)
         gathered = _add(gathered, context, gates[..., level : level + 1], overwrite)
     overall = F.gelu(context.mean((1, 2), keepdim=True))
@@ -44,6 +43,16 @@ def tiled(
         gathered = gathered / (len(kernels) + 1)
     modulator = F.conv2d(gathered.permute(0, 3, 1, 2), modulator_weight, modulator_bias).permute(0, 2, 3, 1)
     return modulator.mul_(query) if overwrite else query * modulator
+
+
+def _depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """`[B, C, H, W]` by kernels `[C, 1, kh, kw]` with odd sides, to the same size."""
+    same = (kernel.shape[2] // 2, kernel.shape[3] // 2)
+    if torch.jit.is_scripting():
+        out = F.conv2d(x, kernel, padding=same, groups=kernel.shape[0])
+    else:
+        out = conv2d(x, kernel, padding=same, groups=kernel.shape[0])
+    return out
 
 
 def _add(gathered: Tensor | None, context: Tensor, gate: Tensor, overwrite: bool) -> Tensor:
