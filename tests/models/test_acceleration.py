@@ -635,6 +635,25 @@ def test_a_packed_layer_is_scripted_compiled_exported_and_moved(packed: list[str
     assert packed == ["packed_convolution", "packed_linear"]
 
 
+def test_a_packed_depthwise_convolution_learns_as_before(packed: list[str]) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 5, padding=2, groups=6))
+    fast = accelerate(copy.deepcopy(plain), pack=True)
+    x = torch.randn(2, 3, 9, 8)
+    for _ in range(2):
+        packed.clear()
+        gradients = []
+        for each in (plain, fast):
+            out = each(x).square().sum()
+            gradients.append(torch.autograd.grad(out, list(each.parameters())))
+        for one, other in zip(*gradients, strict=True):
+            atol = 1e-5 * max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one, other, rtol=0, atol=atol)
+        assert packed == []
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x), rtol=0, atol=1e-5)
+        assert packed == ["packed_convolution"] * 2
+
+
 def test_what_packs_is_a_choice(packed: list[str]) -> None:
     fast = accelerate(layered(), linears=False, pack=True)
     x = torch.randn(1, 3, 8, 12)

@@ -114,7 +114,9 @@ def test_values_and_gradients_are_pytorchs(padding: tuple[int, int], **shape: An
 
 
 @pytest.mark.parametrize(("wide", "parts"), [(4, [3, 1]), (5, [3, 2]), (7, [3, 3, 1]), (9, [3, 3, 3])])
-def test_a_wide_kernel_learns_three_columns_at_a_time(columns: list[int], wide: int, parts: list[int]) -> None:
+def test_a_wide_kernel_learns_three_columns_at_a_time(
+    columns: list[int], wide: int, parts: list[int]
+) -> None:
     leaves = draw(kernel=(5, wide), width=12)
     assert refusal(*leaves) is None
     settings = settings_of(leaves[1])
