@@ -23,6 +23,9 @@ def test_a_compiled_model_trains_as_it_is_and_its_checkpoint_is_that_of_any(
         compile(self, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(nn.Module, "compile", traced)
+    # A compiler sees PyTorch's own gradients of depthwise kernels. Where the true gradient is zero, of biases
+    # before a batch norm, rounding is all that there is, and Adam makes steps of it.
+    monkeypatch.setattr("visionsel.ops.depthwise.why_not", lambda *_: "compared with a compiled model")
     small = {"embed_dims": [32, 32], "depths": [1, 1], "num_windows": [2, 2], "topks": [1, 2]}
     model = {"model_args": {**small, "drop_path_rate": 0.2}}
     losses, states = [], []
