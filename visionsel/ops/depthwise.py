@@ -68,7 +68,7 @@ def why_not(
         return "compilers and tracers are shown PyTorch's own convolution, which they know"
     if not learns(weight):
         return "the weight learns nothing"
-    if x.ndim != 4 or x.numel() == 0:
+    if x.ndim != 4 or weight.ndim != 4 or x.numel() == 0:
         return "it takes batches of maps that are not empty"
     if not (groups == x.shape[1] == weight.shape[0]) or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1):
         return "it takes depthwise kernels with stride and dilation 1"
